@@ -1,0 +1,500 @@
+"""General samplers on a quasi-posterior, each in the fastest fair set-up found for two cores.
+
+Target, for y (n,), X (n, K), Z (n, L), moments m_i = z_i (y_i - x_i'theta) and a flat prior:
+log pi(theta) = -1/2 log|Omega| - n/2 mbar' Omega^-1 mbar, Omega = (1/n) sum m_i m_i', uncentred.
+
+Everybody samples x in theta = centre + factor @ x, with the centre at the two-step GMM estimate and
+the factor from its variance, on instruments rotated so that Omega(centre) = 1: the target is then
+close to N(0, 1). Everybody works in float64, on two cores, with one BLAS thread a core.
+
+What is timed: `seconds` is sampling alone, after compilation and adaptation. NumPyro's `MCMC.run`
+compiles anew at each call, also after `warmup` (1.4 s a run at K = L = 5, against 0.05 s of
+sampling), so both NUTS are compiled here ahead of time, from their libraries' kernels.
+
+Set-ups that were measured (microseconds, or minimum bulk ESS per second, on two cores; n, K, L =
+500, 5, 5 / 500, 10, 10 / 500, 20, 20 / 2000, 20, 30):
+- Omega and gradient, sequential: einsum over rows 9 / 19 / 34 / 138, rows times precomputed pairs
+  of instruments 5.8 / 10 / 22 / 121, symmetric tensor 2.6 / 4.4 / 13 / 28, tensor with the
+  gradient written out 1.8 / 3.1 / 11 / 24. The last three share one form, features @ table, and a
+  pilot picks rows or tensor.
+- Chains (NumPyro): vectorized 63k / 63k / 17k / 10k, one device a core with its chains vectorized
+  74k / 83k / 9k / 13k, one device a core with its chains one after the other 89k / 78k / 20k / 16k:
+  the last, since chains in lock-step wait for the longest trajectory.
+- Target acceptance 0.6 / 0.7 / 0.75 / 0.8: K = 5 199k / 80k / 79k / 71k, K = 10 63k / 63k / 79k /
+  84k, K = 20 28k / 33k / 29k / 24k (n = 500) and 14k / 19k / 19k / 16k: `_target_acceptance`.
+- emcee's moves: differential evolution beats stretch by 3 to 5 times; kernel density wins only at
+  K = 5 and fails at K = 20.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+Array = NDArray[np.float64]
+
+CORES = 2
+JITTER = 0.1  # spread of the NUTS chains' starts, in posterior standard deviations
+
+
+@dataclass(frozen=True)
+class Run:
+    """Draws of one sampler, and what they cost.
+
+    Attributes:
+        name: the library.
+        draws: (chains, draws, K), of theta.
+        seconds: sampling, after adaptation (burn-in for emcee) and compilation.
+        warmup_seconds: adaptation or burn-in, compiled.
+        total_seconds: the whole call: estimate, pilot, compilation, adaptation and sampling.
+        version: of the library.
+        setup: what was chosen, in words.
+    """
+
+    name: str
+    draws: Array
+    seconds: float
+    warmup_seconds: float
+    total_seconds: float
+    version: str
+    setup: str
+
+
+def numpyro_nuts(
+    y: Array, X: Array, Z: Array, *, chains: int, warmup: int, draws: int, seed: int
+) -> Run:
+    """Sample the quasi-posterior by NumPyro's NUTS with a dense mass matrix.
+
+    Args:
+        y: outcome (n,).
+        X: regressors (n, K).
+        Z: instruments (n, L), L >= K.
+        chains: chains; a multiple of two keeps both cores busy.
+        warmup: iterations of adaptation for each chain.
+        draws: draws kept for each chain.
+        seed: of starts and chains.
+
+    Returns:
+        The run, draws (chains, draws, K).
+
+    Source: Phan, Pradhan and Jankowiak (2019), arXiv 1912.11554.
+    """
+    return _nuts("numpyro", _numpyro, y, X, Z, (chains, warmup, draws), seed)
+
+
+def blackjax_nuts(
+    y: Array, X: Array, Z: Array, *, chains: int, warmup: int, draws: int, seed: int
+) -> Run:
+    """Sample the quasi-posterior by BlackJAX's NUTS, dense mass matrix by window adaptation.
+
+    Args:
+        y: outcome (n,).
+        X: regressors (n, K).
+        Z: instruments (n, L), L >= K.
+        chains: chains; a multiple of two keeps both cores busy.
+        warmup: iterations of adaptation for each chain.
+        draws: draws kept for each chain.
+        seed: of starts and chains.
+
+    Returns:
+        The run, draws (chains, draws, K).
+
+    Source: Cabezas et al. (2024), arXiv 2402.10797.
+    """
+    return _nuts("blackjax", _blackjax, y, X, Z, (chains, warmup, draws), seed)
+
+
+def emcee_ensemble(
+    y: Array,
+    X: Array,
+    Z: Array,
+    *,
+    walkers: int | None = None,
+    warmup: int,
+    draws: int,
+    seed: int,
+) -> Run:
+    """Sample the quasi-posterior by emcee: one ensemble a core, differential-evolution moves.
+
+    The ensembles run in processes of their own, which import the caller's main module: a script
+    that calls this needs `if __name__ == "__main__":`. Walkers of one ensemble are not independent,
+    and need draws >> 50 autocorrelation times (about 15 at K = 5, 60 at K = 20).
+
+    Args:
+        y: outcome (n,).
+        X: regressors (n, K).
+        Z: instruments (n, L), L >= K.
+        walkers: in all, a multiple of four and at least 4 K an ensemble; by default the larger of
+            16 K and 320 for each ensemble, where NumPy's overhead no longer dominates.
+        warmup: iterations dropped.
+        draws: draws kept for each walker.
+        seed: of starts and walkers.
+
+    Returns:
+        The run, draws (walkers, draws, K).
+
+    Source: Foreman-Mackey et al. (2013), arXiv 1202.3665; ter Braak (2006) for the move.
+    """
+    began = perf_counter()
+    K = X.shape[1]
+    walkers = CORES * max(16 * K, 320) if walkers is None else walkers
+    if walkers % (2 * CORES) or walkers < 4 * K * CORES:
+        raise ValueError(
+            f"{walkers} walkers for {K} parameters: take a multiple of {2 * CORES}, "
+            f"at least {4 * K * CORES}"
+        )
+    target = _whiten(y, X, Z)
+    context = multiprocessing.get_context("spawn")  # a fork after JAX has started may hang
+    barrier = context.Barrier(CORES)
+    work = partial(_ensemble, target, walkers // CORES, warmup, draws)
+    seeds = np.random.SeedSequence(seed).spawn(CORES)
+    with ProcessPoolExecutor(CORES, context, initializer=_meet, initargs=(barrier,)) as pool:
+        parts, burn_ins, seconds = zip(*pool.map(work, seeds), strict=True)
+    return Run(
+        "emcee",
+        target.theta(np.concatenate(parts)),
+        max(seconds),
+        max(burn_ins),
+        perf_counter() - began,
+        version("emcee"),
+        f"{CORES} ensembles of {walkers // CORES} walkers, differential evolution, tensor form",
+    )
+
+
+class _Whitened(NamedTuple):
+    """Data in coordinates where the estimate is 0, its variance 1 and Omega there 1."""
+
+    residual: Array  # (n,): y - X centre
+    X: Array  # (n, K): X factor
+    Z: Array  # (n, L)
+    centre: Array  # (K,)
+    factor: Array  # (K, K)
+
+    def theta(self, x: Array) -> Array:
+        """Parameters (..., K) at whitened coordinates x (..., K)."""
+        return x @ self.factor.T + self.centre
+
+    def mean_moments(self) -> tuple[Array, Array]:
+        """r (L,) and R (L, K): the mean moments at x are r - R x."""
+        n = len(self.residual)
+        return self.Z.T @ self.residual / n, self.Z.T @ self.X / n
+
+
+def _whiten(y: Array, X: Array, Z: Array) -> _Whitened:
+    """Centre at the two-step GMM estimate; rotating Z moves log pi by a constant only."""
+    n = len(y)
+    R, r = Z.T @ X / n, Z.T @ y / n
+    omega = Z.T @ Z / n  # two-stage least squares first
+    for _ in range(2):
+        weighted = np.linalg.solve(omega, R)
+        variance = np.linalg.inv(R.T @ weighted)
+        centre = variance @ (weighted.T @ r)
+        moments = Z * (y - X @ centre)[:, None]
+        omega = moments.T @ moments / n
+    factor = np.linalg.cholesky(np.linalg.inv(R.T @ np.linalg.solve(omega, R)) / n)
+    rotated = np.linalg.solve(np.linalg.cholesky(omega), Z.T).T
+    return _Whitened(y - X @ centre, X @ factor, rotated, centre, factor)
+
+
+def _lower_pairs(Z: Array) -> Array:
+    """Products z_i z_j / n (n, L(L+1)/2), lower triangle row by row."""
+    rows, columns = np.tril_indices(Z.shape[1])
+    return Z[:, rows] * Z[:, columns] / len(Z)
+
+
+def _tensor(target: _Whitened) -> tuple[tuple[Array, Array], Array]:
+    """Pairs j <= k of p = (1, x), and the table T: Omega's lower triangle = (p_j p_k) @ T.
+
+    T (pairs, L(L+1)/2) sums a_ij a_ik z_i z_i' / n over rows, a = (residual, -X), twice if j < k.
+    """
+    a = np.column_stack([target.residual, -target.X])
+    j, k = np.triu_indices(a.shape[1])
+    return (j, k), (a[:, j] * a[:, k] * np.where(j == k, 1.0, 2.0)).T @ _lower_pairs(target.Z)
+
+
+# --- NUTS -----------------------------------------------------------------------------------------
+
+
+def _start_jax() -> None:
+    """One CPU device a core and float64, which JAX takes only before its first operation."""
+    import jax
+
+    if jax.config.jax_num_cpu_devices != CORES:
+        jax.config.update("jax_num_cpu_devices", CORES)
+    jax.config.update("jax_enable_x64", True)
+
+
+def _nuts(
+    name: str,
+    kernels: Callable[..., Any],
+    y: Array,
+    X: Array,
+    Z: Array,
+    lengths: tuple[int, int, int],
+    seed: int,
+) -> Run:
+    """Adapt and sample with `kernels`, compiled ahead, on one device a core."""
+    began = perf_counter()
+    _start_jax()
+    import jax
+
+    chains, warmup, draws = lengths
+    target = _whiten(y, X, Z)
+    K = X.shape[1]
+    starts = JITTER * np.random.default_rng(seed).standard_normal((chains, K))
+    keys = jax.random.split(jax.random.PRNGKey(seed), chains)
+    with threadpool_limits(1):  # JAX's Cholesky is SciPy's LAPACK
+        form, log_density = _fastest_density(target)
+        begin, adapt, sample = kernels(log_density, _target_acceptance(K), warmup, draws)
+        states, warmup_seconds = _timed(_spread(adapt, chains), begin(keys, starts))
+        x, seconds = _timed(_spread(sample, chains), states)
+    setup = f"{form} form, {_devices(chains)} devices, target acceptance {_target_acceptance(K)}"
+    total = perf_counter() - began
+    return Run(
+        name, target.theta(np.asarray(x)), seconds, warmup_seconds, total, version(name), setup
+    )
+
+
+def _target_acceptance(K: int) -> float:
+    """Target of the step size: short trajectories pay off in few dimensions, as measured above."""
+    return 0.6 if K < 8 else 0.75
+
+
+def _numpyro(log_density: Callable[..., Any], target: float, warmup: int, draws: int) -> Any:
+    """Begin (all chains), adapt and sample (one chain) by `numpyro.infer.NUTS`."""
+    from jax import lax
+    from numpyro.infer import NUTS
+
+    nuts = NUTS(
+        potential_fn=lambda x: -log_density(x), dense_mass=True, target_accept_prob=target
+    )
+
+    def begin(keys: Any, starts: Array) -> Any:
+        return nuts.init(keys, warmup, starts, (), {})
+
+    def adapt(state: Any) -> Any:
+        return lax.fori_loop(0, warmup, lambda _, s: nuts.sample(s, (), {}), state)
+
+    def sample(state: Any) -> Any:
+        def step(state: Any, _: None) -> Any:
+            state = nuts.sample(state, (), {})
+            return state, state.z
+
+        return lax.scan(step, state, length=draws)[1]
+
+    return begin, adapt, sample
+
+
+def _blackjax(log_density: Callable[..., Any], target: float, warmup: int, draws: int) -> Any:
+    """Begin (all chains), adapt and sample (one chain) by `blackjax.nuts`."""
+    import blackjax
+    import jax
+
+    adaptation = blackjax.window_adaptation(
+        blackjax.nuts,
+        log_density,
+        is_mass_matrix_diagonal=False,
+        target_acceptance_rate=target,
+        adaptation_info_fn=lambda *_: None,
+    )
+
+    def begin(keys: Any, starts: Array) -> Any:
+        return keys, jax.numpy.asarray(starts)
+
+    def adapt(state: Any) -> Any:
+        now, later = jax.random.split(state[0])
+        return later, adaptation.run(now, state[1], warmup)[0]
+
+    def sample(state: Any) -> Any:
+        key, (state, parameters) = state
+        nuts = blackjax.nuts(log_density, **parameters)
+
+        def step(state: Any, key: Any) -> Any:
+            state, _ = nuts.step(key, state)
+            return state, state.position
+
+        return jax.lax.scan(step, state, jax.random.split(key, draws))[1]
+
+    return begin, adapt, sample
+
+
+def _devices(chains: int) -> int:
+    """Devices that share the chains evenly."""
+    return max(count for count in range(1, CORES + 1) if chains % count == 0)
+
+
+def _spread(work: Callable[..., Any], chains: int) -> Any:
+    """`work` of one chain, for states with a leading axis of chains: one after the other on each
+    device, so that no chain waits for another's trajectory."""
+    import jax
+    from jax.sharding import Mesh, PartitionSpec
+
+    mesh = Mesh(np.array(jax.devices()[: _devices(chains)]), ("chains",))
+    share = PartitionSpec("chains")
+    here = partial(jax.lax.map, work)
+    return jax.jit(jax.shard_map(here, mesh=mesh, in_specs=share, out_specs=share, check_vma=False))
+
+
+def _timed(call: Any, *arguments: Any) -> tuple[Any, float]:
+    """Result and seconds of a jitted call, compiled before the clock starts."""
+    import jax
+
+    compiled = call.lower(*arguments).compile()
+    jax.block_until_ready(arguments)
+    began = perf_counter()
+    result = jax.block_until_ready(compiled(*arguments))
+    return result, perf_counter() - began
+
+
+def _fastest_density(target: _Whitened) -> tuple[str, Callable[..., Any]]:
+    """Name and log density of the form whose gradient is faster here, by a short pilot.
+
+    Rows cost n L^2/2 and the tensor K^2 L^2/4 multiply-adds: rows win when n < (K+1)(K+2)/2.
+    """
+    import jax.numpy as jnp
+
+    (j, k), table = _tensor(target)
+    residual, X = jnp.asarray(target.residual), jnp.asarray(target.X)
+
+    def pairs(x: Any) -> Any:
+        p = jnp.concatenate([jnp.ones(1), x])
+        return p[j] * p[k]
+
+    def squares(x: Any) -> Any:
+        return (residual - X @ x) ** 2
+
+    densities = {
+        "tensor": _log_density(target, pairs, table),
+        "rows": _log_density(target, squares, _lower_pairs(target.Z)),
+    }
+    name = min(densities, key=lambda name: _gradient_seconds(densities[name], target.X.shape[1]))
+    return name, densities[name]
+
+
+def _gradient_seconds(log_density: Callable[..., Any], K: int, repeats: int = 300) -> float:
+    """Seconds of `repeats` gradients in a compiled loop, the better of two runs."""
+    import jax
+    import jax.numpy as jnp
+
+    def ascend(x: Any) -> Any:
+        # the value is used too, or XLA would drop its part
+        value, slope = jax.value_and_grad(log_density)(x)
+        return 0.9 * x + 1e-3 * slope + 0.0 * value
+
+    loop = jax.jit(lambda x: jax.lax.fori_loop(0, repeats, lambda _, x: ascend(x), x))
+    return min(_timed(loop, jnp.full(K, JITTER))[1] for _ in range(2))
+
+
+def _log_density(target: _Whitened, features: Callable[..., Any], table: Array) -> Any:
+    """Log density of x (K,) where Omega's lower triangle is features(x) @ table."""
+    import jax.numpy as jnp
+
+    n, L = target.Z.shape
+    r, R = map(jnp.asarray, target.mean_moments())
+    columns = jnp.asarray(table)
+    criterion = _criterion(n, L)
+    return lambda x: criterion(features(x) @ columns, r - R @ x)
+
+
+def _criterion(n: int, L: int) -> Any:
+    """-1/2 log|Omega| - n/2 m'Wm of Omega's lower triangle and m (L,), gradient written out.
+
+    d/dOmega = 1/2 (n v v' - W), d/dm = -n v, with W = Omega^-1, v = W m: one inverse of the
+    Cholesky factor, where reverse mode differentiates through the factorisation.
+    """
+    import jax
+    import jax.numpy as jnp
+    from jax.lax import linalg
+
+    rows, columns = np.tril_indices(L)
+    place = np.zeros((L, L), dtype=int)
+    place[rows, columns] = place[columns, rows] = np.arange(len(rows))
+    twice = np.where(rows == columns, 0.5, 1.0)
+
+    def forward(packed: Any, m: Any) -> Any:
+        factor = linalg.cholesky(packed[place], symmetrize_input=False)
+        inverse = linalg.triangular_solve(factor, jnp.eye(L), left_side=True, lower=True)
+        s = inverse @ m
+        value = -jnp.log(jnp.diag(factor)).sum() - 0.5 * n * (s @ s)
+        return value, (inverse, s @ inverse)
+
+    def backward(kept: Any, slope: Any) -> Any:
+        inverse, v = kept
+        by_omega = n * jnp.outer(v, v) - inverse.T @ inverse
+        return slope * twice * by_omega[rows, columns], -slope * n * v
+
+    criterion = jax.custom_vjp(lambda packed, m: forward(packed, m)[0])
+    criterion.defvjp(forward, backward)
+    return criterion
+
+
+# --- emcee ----------------------------------------------------------------------------------------
+
+_barrier: Any = None  # set in each process of the pool: a barrier cannot be sent with the work
+
+
+def _meet(barrier: Any) -> None:
+    global _barrier
+    _barrier = barrier
+
+
+def _ensemble(
+    target: _Whitened, walkers: int, warmup: int, draws: int, seed: np.random.SeedSequence
+) -> tuple[Array, float, float]:
+    """Draws (walkers, draws, K) of one ensemble, seconds of burn-in and of sampling."""
+    import emcee
+
+    K = target.X.shape[1]
+    chance = np.random.RandomState(np.random.MT19937(seed))  # emcee takes no Generator
+    sampler = emcee.EnsembleSampler(
+        walkers, K, _batched_log_density(target), vectorize=True, moves=emcee.moves.DEMove()
+    )
+    start = emcee.State(chance.standard_normal((walkers, K)), random_state=chance.get_state())
+    with threadpool_limits(1):
+        _barrier.wait()
+        begun = perf_counter()
+        state = sampler.run_mcmc(start, warmup)
+        burn_in = perf_counter() - begun
+        sampler.reset()
+        _barrier.wait()
+        begun = perf_counter()
+        sampler.run_mcmc(state, draws)
+        seconds = perf_counter() - begun
+    return np.ascontiguousarray(sampler.get_chain().swapaxes(0, 1)), burn_in, seconds
+
+
+def _batched_log_density(target: _Whitened) -> Callable[[Array], Array]:
+    """Log density (B,) of x (B, K): one matrix product and one batched Cholesky.
+
+    The matrix [[Omega, m], [m', 2]] is positive definite, since m'Wm <= 1 when Omega is uncentred,
+    and the last row of its factor is the solution s of factor s = m.
+    """
+    n, L = target.Z.shape
+    (j, k), table = _tensor(target)
+    r, R = target.mean_moments()
+    borders = np.zeros((len(j), L + 1))
+    borders[j == 0, :L] = np.vstack([r, -R.T])  # p_0 p_k = (1, x)
+    borders[0, L] = 2.0
+    bordered = np.hstack([table, borders])  # a lower triangle of order L + 1, row by row
+    rows, columns = np.tril_indices(L + 1)
+    place = rows * (L + 1) + columns
+
+    def log_density(x: Array) -> Array:
+        p = np.column_stack([np.ones(len(x)), x])
+        matrices = np.zeros((len(x), (L + 1) ** 2))
+        matrices[:, place] = (p[:, j] * p[:, k]) @ bordered
+        factor = np.linalg.cholesky(matrices.reshape(-1, L + 1, L + 1))
+        diagonal = np.einsum("bii->bi", factor)[:, :L]
+        return -np.log(diagonal).sum(1) - 0.5 * n * (factor[:, L, :L] ** 2).sum(1)
+
+    return log_density

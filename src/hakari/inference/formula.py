@@ -1,0 +1,301 @@
+"""From a formula and a table, of any size, to blocks of y, X and Z.
+
+The grammar is linearmodels': `y ~ 1 + exogenous + [endogenous ~ instruments]`, terms as in
+formulaic, no intercept unless written; X holds exogenous then endogenous, Z exogenous
+then instruments.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import narwhals as nw
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.dataset as pads
+from formulaic import Formula as Terms
+from formulaic import ModelSpec
+from numpy import ndarray
+
+BLOCK_ROWS = 65_536
+Missing = Literal["raise", "drop"]
+
+
+@dataclass(frozen=True)
+class Formula:
+    """The four parts of `dependent ~ exogenous + [endogenous ~ instruments]`."""
+
+    text: str
+    dependent: str
+    exogenous: str
+    endogenous: str
+    instruments: str
+
+    def required(self) -> list[str]:
+        """Names of the columns that the terms use."""
+        names: set[str] = set()
+        for part in (self.dependent, self.exogenous, self.endogenous, self.instruments):
+            names |= {str(name) for name in Terms(part).required_variables}
+        return sorted(names)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of a design; y (n,), X (n, K), Z (n, L), weights (n,) and cluster labels (n,) or None."""
+
+    y: ndarray
+    X: ndarray
+    Z: ndarray
+    weights: ndarray | None
+    clusters: ndarray | None
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns of X (K) and Z (L), and the positions of endogenous and excluded."""
+
+    dependent: str
+    regressors: list[str]
+    instruments: list[str]
+    endogenous: list[str]
+
+
+def parse_formula(text: str) -> Formula:
+    """Split a formula; raises ValueError that shows the form when it is not understood."""
+    form = "write 'y ~ 1 + x1 + x2 + [endogenous ~ instrument1 + instrument2]'"
+    bracket = re.fullmatch(r"([^~\[\]]+)~([^~\[\]]*)\[([^~\[\]]+)~([^~\[\]]+)\]([^~\[\]]*)", text)
+    if bracket is None:
+        plain = re.fullmatch(r"([^~\[\]]+)~([^~\[\]]+)", text)
+        if plain is None:
+            raise ValueError(f"formula {text!r} is not understood: {form}")
+        return Formula(text, "0 + " + plain[1].strip(), plain[2].strip(), "0", "0")
+    dependent, before, endogenous, instruments, after = (part.strip() for part in bracket.groups())
+    if (before and not before.endswith("+")) or (after and not after.startswith("+")):
+        raise ValueError(f"formula {text!r}: the bracket must be joined by +: {form}")
+    for part in (endogenous, instruments):
+        if part.startswith("+") or part.endswith("+"):
+            raise ValueError(f"formula {text!r}: {part!r} must not start or end with +: {form}")
+    exogenous = " + ".join(t for t in ("0", before.rstrip("+ "), after.lstrip("+ ")) if t)
+    return Formula(text, "0 + " + dependent, exogenous, "0 + " + endogenous, "0 + " + instruments)
+
+
+def read_blocks(
+    formula: Formula,
+    data: Any,
+    weights: str | None = None,
+    clusters: str | None = None,
+    missing: Missing = "raise",
+) -> Iterator[tuple[Columns, Block]]:
+    """Blocks of the design, read once, in order, each of at most `BLOCK_ROWS` rows.
+
+    data: a pandas or polars frame, anything narwhals or Arrow knows, a dict of arrays, the
+    path of a CSV or Parquet file or folder, or an iterable of Arrow record batches or frames.
+    missing: `raise` names the columns with missing values; `drop` leaves those rows out.
+    """
+    needed = formula.required() + [name for name in (weights, clusters) if name]
+    frames, levels = _open(data, list(dict.fromkeys(needed)))
+    specs: list[ModelSpec] | None = None
+    columns: Columns | None = None
+    first_row, complete = 0, 0
+    for raw in frames:
+        rows = len(raw)
+        frame = _drop_missing(raw, first_row, missing)
+        first_row += rows
+        complete += len(frame)
+        if not len(frame):
+            continue
+        frame = _with_levels(frame, levels)
+        matrices = _materialise(formula, frame, specs)
+        specs = [matrix.model_spec for matrix in matrices]
+        block, names = _assemble(matrices, frame, weights, clusters)
+        columns = columns or names
+        _refuse_infinite(columns, block, first_row - rows)
+        yield columns, block
+    if columns is None:
+        raise ValueError(
+            f"no complete rows: {first_row} rows read, {complete} without missing values"
+        )
+
+
+def _materialise(formula: Formula, frame: pd.DataFrame, specs: list[ModelSpec] | None) -> list[Any]:
+    """Model matrices of the four parts; the first block's specs fix the encoding of the rest."""
+    if specs is not None:
+        return [spec.get_model_matrix(frame) for spec in specs]
+    parts = [
+        (formula.dependent, False),
+        (formula.exogenous, True),
+        (formula.endogenous, False),
+        (formula.instruments, False),
+    ]
+    return [
+        Terms(part).get_model_matrix(frame, ensure_full_rank=full, na_action="ignore")
+        for part, full in parts
+    ]
+
+
+def _assemble(
+    matrices: list[Any], frame: pd.DataFrame, weights: str | None, clusters: str | None
+) -> tuple[Block, Columns]:
+    dependent, exogenous, endogenous, instruments = matrices
+    if dependent.shape[1] != 1:
+        raise ValueError(
+            f"the left side of the formula has {dependent.shape[1]} columns "
+            f"({', '.join(map(str, dependent.columns))}): one numeric column is needed"
+        )
+    y, exog, endog, instr = (np.asarray(m, dtype=float) for m in matrices)
+    block = Block(
+        y[:, 0],
+        np.hstack([exog, endog]),
+        np.hstack([exog, instr]),
+        None if weights is None else frame[weights].to_numpy(dtype=float),
+        None if clusters is None else frame[clusters].to_numpy(),
+    )
+    names = Columns(
+        str(dependent.columns[0]),
+        [*map(str, exogenous.columns), *map(str, endogenous.columns)],
+        [*map(str, exogenous.columns), *map(str, instruments.columns)],
+        [*map(str, endogenous.columns)],
+    )
+    return block, names
+
+
+def _open(data: Any, needed: list[str]) -> tuple[Iterator[pd.DataFrame], dict[str, list[Any]]]:
+    """Frames with the needed columns, and the levels of the text columns where they are known."""
+    if isinstance(data, str | Path):
+        data = _dataset(Path(data))
+    if isinstance(data, dict):
+        data = pd.DataFrame(data)
+    if isinstance(data, pa.RecordBatchReader) or (
+        isinstance(data, Iterable) and not hasattr(data, "columns") and not hasattr(data, "schema")
+    ):
+        return _from_stream(data, needed), {}
+    if isinstance(data, pads.Dataset):
+        _require(needed, data.schema.names)
+        batches = data.to_batches(columns=needed, batch_size=BLOCK_ROWS)
+        return (batch.to_pandas() for batch in batches), _dataset_levels(data, needed)
+    frame = _to_pandas(data)
+    _require(needed, list(frame.columns))
+    frame = frame[needed]
+    text = [name for name in needed if not pd.api.types.is_numeric_dtype(frame[name])]
+    levels = {
+        name: sorted(frame[name].dropna().unique().tolist(), key=str)
+        for name in text
+        if not isinstance(frame[name].dtype, pd.CategoricalDtype)
+    }
+    starts = range(0, max(len(frame), 1), BLOCK_ROWS)
+    return (frame.iloc[start : start + BLOCK_ROWS] for start in starts), levels
+
+
+def _dataset(path: Path) -> pads.Dataset:
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no data at {path}: give a CSV or Parquet file, or a folder of them"
+        )
+    kind = path.suffix.lower()
+    if path.is_dir():
+        kind = next((p.suffix.lower() for p in sorted(path.rglob("*")) if p.is_file()), "")
+    if kind in (".parquet", ".pq"):
+        return pads.dataset(path, format="parquet")
+    if kind in (".csv", ".gz", ".txt"):
+        return pads.dataset(path, format="csv")
+    raise ValueError(f"{path}: {kind or 'no'} ending; CSV (.csv, .csv.gz) and Parquet are read")
+
+
+def _dataset_levels(data: pads.Dataset, needed: list[str]) -> dict[str, list[Any]]:
+    """One pass over the text columns only, so that every block is encoded alike."""
+    text = [
+        name
+        for name in needed
+        if pa.types.is_string(data.schema.field(name).type)
+        or pa.types.is_large_string(data.schema.field(name).type)
+        or pa.types.is_dictionary(data.schema.field(name).type)
+    ]
+    seen: dict[str, set[Any]] = {name: set() for name in text}
+    if text:
+        for batch in data.to_batches(columns=text):
+            for name in text:
+                seen[name] |= set(batch.column(name).unique().to_pylist()) - {None}
+    return {name: sorted(values, key=str) for name, values in seen.items()}
+
+
+def _from_stream(data: Iterable[Any], needed: list[str]) -> Iterator[pd.DataFrame]:
+    for batch in data:
+        frame = _to_pandas(batch)
+        _require(needed, list(frame.columns))
+        frame = frame[needed]
+        text = [n for n in needed if frame[n].dtype.kind in "OUT" if frame[n].dtype != "category"]
+        if text:
+            raise ValueError(
+                f"text columns {', '.join(text)} in a stream: their levels are not known before "
+                "the end; pass a file or a frame, or categorical columns with all levels"
+            )
+        for start in range(0, len(frame), BLOCK_ROWS):
+            yield frame.iloc[start : start + BLOCK_ROWS]
+
+
+def _to_pandas(data: Any) -> pd.DataFrame:
+    if isinstance(data, pd.DataFrame):
+        return data
+    if isinstance(data, pa.RecordBatch | pa.Table):
+        return data.to_pandas()
+    try:
+        return nw.from_native(data).lazy().collect().to_pandas()
+    except TypeError:
+        raise TypeError(
+            f"data of type {type(data).__name__} is not understood: pass a frame (pandas, polars, "
+            "Arrow), a dict of arrays, a path, or an iterable of record batches"
+        ) from None
+
+
+def _require(needed: list[str], available: list[str]) -> None:
+    for name in needed:
+        if name not in available:
+            near = difflib.get_close_matches(name, [str(c) for c in available], 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            shown = ", ".join(map(str, available[:20])) + (", ..." if len(available) > 20 else "")
+            raise ValueError(f"no column {name!r} in the data{hint} (columns: {shown})")
+
+
+def _drop_missing(frame: pd.DataFrame, first_row: int, missing: Missing) -> pd.DataFrame:
+    gaps = frame.isna()
+    bad = gaps.any(axis=1).to_numpy()
+    if not bad.any():
+        return frame
+    if missing == "drop":
+        return frame[~bad]
+    counts = gaps.sum()
+    shown = ", ".join(f"{name} ({count})" for name, count in counts[counts > 0].items())
+    raise ValueError(
+        f"{bad.sum()} rows with missing values, the first is row {first_row + int(bad.argmax())}: "
+        f"{shown}; drop them with missing='drop' (--missing drop) or fill them first"
+    )
+
+
+def _with_levels(frame: pd.DataFrame, levels: dict[str, list[Any]]) -> pd.DataFrame:
+    if not levels:
+        return frame
+    return frame.assign(
+        **{name: pd.Categorical(frame[name], categories=kept) for name, kept in levels.items()}
+    )
+
+
+def _refuse_infinite(columns: Columns, block: Block, first_row: int) -> None:
+    parts = [
+        ([columns.dependent], block.y[:, None]),
+        (columns.regressors, block.X),
+        (columns.instruments, block.Z),
+    ]
+    for names, matrix in parts:
+        bad = ~np.isfinite(matrix)
+        if bad.any():
+            row, column = np.argwhere(bad)[0]
+            raise ValueError(
+                f"{names[column]} is {matrix[row, column]} in {int(bad[:, column].sum())} rows near "
+                f"row {first_row + int(row)}: values must be finite"
+            )

@@ -1,0 +1,564 @@
+"""Linear moment conditions as sufficient statistics: after one pass, n no longer matters.
+
+Moments are m_i(θ) = a_i − B_i θ = C_i p with C_i = [a_i, B_i] (L, K+1) and p = (1, −θ);
+instrumental variables have C_i = z_i (y_i, x_i'). What a quasi-posterior needs of the data is
+the mean of C_i and the packed tensor of covariance.py. Sums are kept in scaled columns
+(centred where there is a constant), which the first block of data fixes, so that
+conditioning does not eat digits; `a + b` carries b's sums into a's columns exactly.
+quasi-posteriors.md 'Cost'.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+from scipy.linalg import solve_triangular
+
+from hakari.inference.covariance import (
+    ClusterSums,
+    Covariance,
+    HacSums,
+    RobustSums,
+    automatic_bandwidth,
+    cluster_sums,
+    hac_sums,
+    packed_size,
+    parse_covariance,
+    products,
+    robust_sums,
+    robust_sums_general,
+    unpack,
+)
+from hakari.inference.formula import Block, Columns, Missing, parse_formula, read_blocks
+
+Sums = RobustSums | ClusterSums | HacSums | None
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names of the parameters (K) and the moments (L); `endogenous` are parameters."""
+
+    parameters: tuple[str, ...]
+    moments: tuple[str, ...]
+    endogenous: tuple[str, ...] = ()
+    dependent: str = "y"
+
+    @property
+    def excluded(self) -> tuple[str, ...]:
+        """Instruments that are not regressors."""
+        return tuple(name for name in self.moments if name not in self.parameters)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The working columns: C̃_i = left C_i right, left (L, L) and right (K+1, K+1) invertible."""
+
+    left: Float[ndarray, "L L"]
+    right: Float[ndarray, "P P"]
+
+
+@dataclass(frozen=True)
+class Grams:
+    """Second moments that only instrumental variables have, in working columns."""
+
+    instruments: Float[ndarray, "L L"]  # Σ z z'
+    regression: Float[ndarray, "P P"]  # Σ w w', w = (y, x)
+    regression_sum: Float[ndarray, "P"]  # Σ w
+
+    def __add__(self, other: Grams) -> Grams:
+        return Grams(
+            self.instruments + other.instruments,
+            self.regression + other.regression,
+            self.regression_sum + other.regression_sum,
+        )
+
+
+@dataclass(frozen=True)
+class LinearMoments:
+    """Sufficient statistics of L linear moment conditions in K parameters.
+
+    Make one with `from_formula`, `from_arrays` or `from_moments`; add two with `+`. With
+    clusters, shards may cut a cluster; with HAC, `a + b` means that b follows a in time.
+
+    >>> import numpy as np
+    >>> X = np.random.default_rng(1).standard_normal((100, 2))
+    >>> moments = LinearMoments.from_arrays(X @ [1.0, 2.0] + 0.1 * X[:, 0] ** 2, X)
+    >>> moments.n, moments.K, moments.L
+    (100, 2, 2)
+    """
+
+    names: Names
+    covariance: Covariance
+    scale: Scale
+    n: int
+    total: Float[ndarray, "L P"]  # Σ C̃_i
+    sums: Sums  # None: iid, whose tensor comes from `grams`
+    grams: Grams | None  # None: general moments
+    rows: tuple[Float[ndarray, "n L"], Float[ndarray, "n P"]] | None
+    digest: str
+
+    # --- making ------------------------------------------------------------------------
+
+    @classmethod
+    def from_formula(
+        cls,
+        formula: str,
+        data: Any,
+        covariance: str | Covariance = "robust",
+        *,
+        centred: bool = False,
+        weights: str | None = None,
+        missing: Missing = "raise",
+    ) -> LinearMoments:
+        """One pass over a table of any size.
+
+        formula: `y ~ 1 + x1 + [x2 ~ z1 + z2]`, as in linearmodels.
+        data: pandas or polars frame, anything Arrow or narwhals knows, dict of arrays, path
+            of a CSV or Parquet file or folder, iterable of record batches.
+        covariance: `iid`, `robust`, `cluster:COLUMN`, `hac:BANDWIDTH`, `hac:auto`.
+        weights: column of observation weights, at least 0; their scale does not matter.
+        missing: `raise`, or `drop` the rows in which a used column is missing.
+
+        Raises ValueError for unknown columns, missing or infinite values, or fewer
+        instruments than parameters; TypeError for data of unknown kind.
+        """
+        spec = parse_covariance(covariance, centred)
+        parsed = parse_formula(formula)
+        if spec.kind == "hac" and spec.bandwidth is None:
+            blocks = list(read_blocks(parsed, data, weights, None, missing))
+            design = _stack([block for _, block in blocks])
+            return cls._from_blocks([(blocks[0][0], design)], spec)
+        if spec.kind == "cluster" and spec.column is None:
+            raise ValueError("covariance 'cluster' without a column: write 'cluster:COLUMN'")
+        return cls._from_blocks(read_blocks(parsed, data, weights, spec.column, missing), spec)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        y: Float[ndarray, "n"],
+        X: Float[ndarray, "n K"],
+        Z: Float[ndarray, "n L"] | None = None,
+        *,
+        names: Sequence[str] | None = None,
+        instrument_names: Sequence[str] | None = None,
+        covariance: str | Covariance = "robust",
+        centred: bool = False,
+        weights: Float[ndarray, "n"] | None = None,
+        clusters: Sequence[Any] | ndarray | None = None,
+    ) -> LinearMoments:
+        """Moments z_i (y_i − x_i'θ); without Z, of the regression itself, Z = X.
+
+        names: of the K parameters; instrument_names: of the L instruments. An instrument
+        that bears a regressor's name is that regressor (exogenous).
+        Raises as `from_formula`.
+        """
+        spec = parse_covariance(covariance, centred)
+        y, X = np.asarray(y, dtype=float), np.asarray(X, dtype=float)
+        Z = X if Z is None else np.asarray(Z, dtype=float)
+        X, Z = (a[:, None] if a.ndim == 1 else a for a in (X, Z))
+        for label, a in (("X", X), ("Z", Z), ("weights", weights), ("clusters", clusters)):
+            if a is not None and len(a) != len(y):
+                raise ValueError(f"{label} has {len(a)} rows, y has {len(y)}")
+        if spec.kind == "cluster" and clusters is None:
+            raise ValueError("covariance 'cluster' needs clusters=, one label a row")
+        columns = _array_columns(X, Z, names, instrument_names)
+        block = Block(
+            y,
+            X,
+            Z,
+            None if weights is None else np.asarray(weights, dtype=float),
+            None if clusters is None else np.asarray(clusters),
+        )
+        _require_finite(columns, block)
+        return cls._from_blocks([(columns, block)], spec)
+
+    @classmethod
+    def from_moments(
+        cls,
+        G: Float[ndarray, "n L K"],
+        g: Float[ndarray, "n L"],
+        *,
+        names: Sequence[str] | None = None,
+        moment_names: Sequence[str] | None = None,
+        covariance: str | Covariance = "robust",
+        centred: bool = False,
+        clusters: Sequence[Any] | ndarray | None = None,
+    ) -> LinearMoments:
+        """Any linear moments m_i(θ) = g_i − G_i θ, one row an observation.
+
+        Raises ValueError for `iid` (general moments have no homoskedastic form), wrong
+        shapes, values that are not finite, or L < K.
+        """
+        spec = parse_covariance(covariance, centred)
+        G, g = np.asarray(G, dtype=float), np.asarray(g, dtype=float)
+        if G.ndim != 3 or g.shape != G.shape[:2]:
+            raise ValueError(f"G has shape {G.shape} and g {g.shape}: need (n, L, K) and (n, L)")
+        if spec.kind == "iid":
+            raise ValueError("covariance 'iid' needs instruments and residuals: use 'robust'")
+        if not (np.isfinite(G).all() and np.isfinite(g).all()):
+            raise ValueError("G and g must be finite: drop or fill missing rows first")
+        _, L, K = G.shape
+        label = Names(
+            tuple(names or (f"theta{k}" for k in range(K))),
+            tuple(moment_names or (f"moment{l}" for l in range(L))),
+        )
+        _check_counts(label, L, K)
+        C = np.concatenate([g[:, :, None], G], axis=2)
+        size = np.sqrt((C**2).mean(axis=0))
+        right = 1 / _or_one(size.max(axis=0))
+        left = 1 / _or_one((size * right).max(axis=1))
+        scale = Scale(np.diag(left), np.diag(right))
+        C = scale.left @ C @ scale.right
+        if spec.kind == "hac" and spec.bandwidth is None:
+            estimate = np.linalg.lstsq(C.mean(axis=0)[:, 1:], -C.mean(axis=0)[:, 0], rcond=None)[0]
+            series = C @ np.concatenate([[1.0], estimate])
+            spec = replace(spec, bandwidth=automatic_bandwidth(series, spec.kernel))
+        sums = _sums(C, spec, None if clusters is None else np.asarray(clusters))
+        digest = hashlib.sha256(G.tobytes() + g.tobytes()).hexdigest()
+        return cls(label, spec, scale, len(C), C.sum(axis=0), sums, None, None, digest)
+
+    @classmethod
+    def _from_blocks(
+        cls, blocks: Iterable[tuple[Columns, Block]], spec: Covariance
+    ) -> LinearMoments:
+        """Sum the blocks in order; rows are handed to two threads, sums stay in order."""
+        whole: LinearMoments | None = None
+        with ThreadPoolExecutor(2) as pool:
+            pending: list[Any] = []
+            for columns, block in blocks:
+                if whole is None and not pending:
+                    names = _names(columns)
+                    _check_counts(names, block.Z.shape[1], block.X.shape[1])
+                    scale = _first_scale(block)
+                pending.append(pool.submit(_block_moments, names, spec, scale, block))
+                if len(pending) > 2:
+                    whole = _plus(whole, pending.pop(0).result())
+            for last in pending:
+                whole = _plus(whole, last.result())
+        if whole is None:
+            raise ValueError("no rows of data")
+        return whole
+
+    # --- merging -----------------------------------------------------------------------
+
+    def __add__(self, other: LinearMoments) -> LinearMoments:
+        """Moments of both samples; raises ValueError when they are not of the same kind."""
+        if self.names != other.names:
+            raise ValueError(f"moments of different models: {self.names} and {other.names}")
+        if self.covariance != other.covariance:
+            raise ValueError(
+                f"covariances differ: {self.covariance} and {other.covariance}"
+                + (
+                    "; give hac:BANDWIDTH, the same for each"
+                    if self.covariance.kind == "hac"
+                    else ""
+                )
+            )
+        other = other._in_scale(self.scale)
+        rows = None
+        if self.rows and other.rows and _prefer_rows(self.n + other.n, self.L, self.K + 1):
+            rows = tuple(np.concatenate(pair) for pair in zip(self.rows, other.rows, strict=True))
+        return replace(
+            self,
+            n=self.n + other.n,
+            total=self.total + other.total,
+            sums=None if self.sums is None else self.sums + other.sums,  # type: ignore[operator]
+            grams=None if self.grams is None else self.grams + other.grams,  # type: ignore[operator]
+            rows=rows,
+            digest=hashlib.sha256((self.digest + other.digest).encode()).hexdigest(),
+        )
+
+    def _in_scale(self, scale: Scale) -> LinearMoments:
+        if scale is self.scale:
+            return self
+        left = scale.left @ np.linalg.inv(self.scale.left)
+        right = np.linalg.solve(self.scale.right, scale.right)
+        grams = self.grams and Grams(
+            left @ self.grams.instruments @ left.T,
+            right.T @ self.grams.regression @ right,
+            self.grams.regression_sum @ right,
+        )
+        return replace(
+            self,
+            scale=scale,
+            total=left @ self.total @ right,
+            sums=self.sums and self.sums.mapped(left, right),
+            grams=grams,
+            rows=self.rows and (self.rows[0] @ left.T, self.rows[1] @ right),
+        )
+
+    # --- reading -----------------------------------------------------------------------
+
+    @property
+    def K(self) -> int:
+        """Number of parameters."""
+        return len(self.names.parameters)
+
+    @property
+    def L(self) -> int:
+        """Number of moments."""
+        return len(self.names.moments)
+
+    @cached_property
+    def mean_C(self) -> Float[ndarray, "L P"]:
+        """Mean of C̃_i in working columns."""
+        return self.total / self.n
+
+    @cached_property
+    def tensor(self) -> Float[ndarray, "packedL packedP"]:
+        """Packed tensor of Ω in working columns: pack(Ω) = tensor @ products(p̃)."""
+        if self.sums is not None:
+            return self.sums.mean_tensor(self.n, self.mean_C, self.covariance.centred)
+        if self.grams is None:
+            raise ValueError("iid moments without instruments")  # cannot be made
+        variance = self.grams.regression / self.n
+        if self.covariance.centred:
+            mean = self.grams.regression_sum / self.n
+            variance = variance - np.multiply.outer(mean, mean)
+        once, doubled = np.tril_indices(self.K + 1), np.tril_indices(self.K + 1)
+        weights = np.where(once[0] == once[1], 1.0, 2.0) * variance[doubled]
+        rows, columns = np.tril_indices(self.L)
+        return np.multiply.outer(self.grams.instruments[rows, columns] / self.n, weights)
+
+    def working(self, theta: Float[ndarray, "*batch K"]) -> Float[ndarray, "*batch P"]:
+        """p̃ = right⁻¹ (1, −θ): the parameters in working columns."""
+        theta = np.asarray(theta, dtype=float)
+        if theta.shape[-1:] != (self.K,):
+            raise ValueError(f"theta has shape {theta.shape}: its last axis must be {self.K}")
+        p = np.concatenate([np.ones((*theta.shape[:-1], 1)), -theta], axis=-1)
+        return np.linalg.solve(self.scale.right, p[..., None])[..., 0]
+
+    def mean(self, theta: Float[ndarray, "*batch K"]) -> Float[ndarray, "*batch L"]:
+        """The moments' mean at θ, in the data's units."""
+        return self.working(theta) @ self.mean_C.T @ np.linalg.inv(self.scale.left).T
+
+    def covariance_at(self, theta: Float[ndarray, "*batch K"]) -> Float[ndarray, "*batch L L"]:
+        """Ω(θ), in the data's units."""
+        omega = unpack(products(self.working(theta)) @ self.tensor.T, self.L)
+        back = np.linalg.inv(self.scale.left)
+        return back @ omega @ back.T
+
+    @property
+    def prefers_rows(self) -> bool:
+        """Whether Ω(θ) is cheaper from the n rows than from the tensor."""
+        return self.rows is not None and _prefer_rows(self.n, self.L, self.K + 1)
+
+    def check(self) -> None:
+        """Raise ValueError if the moments cannot identify θ, naming what is redundant."""
+        names = self.names
+        if self.n <= self.L:
+            raise ValueError(f"{self.n} rows for {self.L} moments: Ω is singular; need n > L")
+        if self.grams is not None:
+            _refuse_collinear(self.grams.instruments, names.moments, "instruments (Z)")
+            _refuse_collinear(self.grams.regression[1:, 1:], names.parameters, "regressors (X)")
+        slope = self.mean_C[:, 1:]
+        if self.grams is not None:
+            for side, gram in ((0, self.grams.instruments), (1, self.grams.regression[1:, 1:])):
+                root = np.linalg.cholesky(gram / self.n)
+                slope = solve_triangular(root, slope if side == 0 else slope.T, lower=True)
+            slope = slope.T
+        strength = np.linalg.svd(slope, compute_uv=False)
+        if strength[-1] <= 1e-9 * max(strength[0], 1e-300):
+            _, _, axes = np.linalg.svd(slope)
+            raise ValueError(
+                f"the moments do not identify {_involved(axes[-1], names.parameters)}: the rank of "
+                f"Z'X is {int((strength > 1e-9 * strength[0]).sum())}, {self.K} is needed"
+            )
+
+
+# --- one block --------------------------------------------------------------------------
+
+
+def _block_moments(names: Names, spec: Covariance, scale: Scale, block: Block) -> LinearMoments:
+    n, L, P = len(block.y), len(names.moments), len(names.parameters) + 1
+    W = np.column_stack([block.y, block.X]) @ scale.right
+    Z = block.Z @ scale.left.T
+    if block.weights is not None:
+        root = np.sqrt(_checked_weights(block.weights))[:, None]
+        W, Z = W * root, Z * root
+    Z, W = np.ascontiguousarray(Z), np.ascontiguousarray(W)
+    total = Z.T @ W
+    if spec.kind == "hac" and spec.bandwidth is None:
+        residual = W @ _two_stage(total, Z.T @ Z)
+        spec = replace(spec, bandwidth=automatic_bandwidth(Z * residual[:, None], spec.kernel))
+    sums: Sums = None
+    if spec.kind == "robust":
+        sums = robust_sums(Z, W)
+    elif spec.kind != "iid":
+        sums = _sums(Z[:, :, None] * W[:, None, :], spec, block.clusters)
+    keep = spec.kind == "robust" and not spec.centred and _prefer_rows(n, L, P)
+    digest = hashlib.sha256()
+    for part in (block.y, block.X, block.Z, block.weights):
+        digest.update(b"" if part is None else np.ascontiguousarray(part).data)
+    return LinearMoments(
+        names,
+        spec,
+        scale,
+        n,
+        total,
+        sums,
+        Grams(Z.T @ Z, W.T @ W, W.sum(axis=0)),
+        (Z, W) if keep else None,
+        digest.hexdigest(),
+    )
+
+
+def _sums(C: ndarray, spec: Covariance, clusters: ndarray | None) -> Sums:
+    if spec.kind == "robust":
+        return robust_sums_general(C)
+    if spec.kind == "hac":
+        return hac_sums(C, spec)
+    if clusters is None or len(clusters) != len(C):
+        raise ValueError(f"covariance {spec} needs one cluster label a row ({len(C)} rows)")
+    return cluster_sums(C, clusters)
+
+
+def _plus(whole: LinearMoments | None, part: LinearMoments) -> LinearMoments:
+    return part if whole is None else whole + part
+
+
+def _prefer_rows(n: int, L: int, P: int) -> bool:
+    """Flops of Σ z z' e² against those of tensor @ products."""
+    return n * L * L < packed_size(L) * packed_size(P)
+
+
+def _two_stage(total: ndarray, gram: ndarray) -> Float[ndarray, "P"]:
+    """(1, −θ) of two-stage least squares, as a direction in working columns."""
+    root = np.linalg.cholesky(gram)
+    moved = solve_triangular(root, total, lower=True)
+    theta = np.linalg.lstsq(moved[:, 1:], -moved[:, 0], rcond=None)[0]
+    return np.concatenate([[1.0], theta])
+
+
+def _first_scale(block: Block) -> Scale:
+    """Centre on a constant column where there is one, and scale to unit size."""
+    left = _scaling(block.Z)
+    right = _scaling(np.column_stack([block.y, block.X])).T
+    return Scale(left, right)
+
+
+def _scaling(columns: Float[ndarray, "n S"]) -> Float[ndarray, "S S"]:
+    """M with M @ row = the row centred and scaled, by a constant column if there is one."""
+    mean, spread = columns.mean(axis=0), columns.std(axis=0)
+    flat = spread <= 1e-12 * np.abs(mean)
+    constants = np.flatnonzero(flat & (mean != 0))
+    size = _or_one(np.sqrt((columns**2).mean(axis=0)))
+    if not len(constants):
+        return np.diag(1 / size)
+    constant = int(constants[0])
+    scale = np.where(flat, size, _or_one(spread))
+    matrix = np.diag(1 / scale)
+    move = np.where(flat, 0.0, -mean / (mean[constant] * scale))
+    matrix[:, constant] += move
+    matrix[constant, constant] = 1 / mean[constant]
+    return matrix
+
+
+def _or_one(size: ndarray) -> ndarray:
+    return np.where((size > 0) & np.isfinite(size), size, 1.0)
+
+
+# --- checks -----------------------------------------------------------------------------
+
+
+def _checked_weights(weights: ndarray) -> ndarray:
+    if not np.isfinite(weights).all() or (weights < 0).any():
+        worst = weights[~(np.isfinite(weights) & (weights >= 0))][0]
+        raise ValueError(f"weight {worst}: weights must be finite and at least 0")
+    if not weights.sum() > 0:
+        raise ValueError(f"weights sum to {weights.sum():g}: at least one must be positive")
+    return weights
+
+
+def _check_counts(names: Names, L: int, K: int) -> None:
+    if len(names.parameters) != K or len(names.moments) != L:
+        raise ValueError(
+            f"{len(names.parameters)} names for {K} parameters and {len(names.moments)} for {L} moments"
+        )
+    for label in (names.parameters, names.moments):
+        twice = {name for name in label if label.count(name) > 1}
+        if twice:
+            raise ValueError(f"name {sorted(twice)[0]!r} appears twice: {', '.join(label)}")
+    if L < K:
+        raise ValueError(
+            f"{L} instruments for {K} parameters: add {K - L} instrument{'s' * (K - L > 1)} or drop a "
+            f"regressor (instruments: {', '.join(names.moments)}; "
+            f"regressors: {', '.join(names.parameters)})"
+        )
+
+
+def _refuse_collinear(gram: ndarray, names: Sequence[str], what: str) -> None:
+    size = np.sqrt(np.diag(gram))
+    for name, value in zip(names, size, strict=True):
+        if value == 0:
+            raise ValueError(f"{name} is zero in every row: drop it from the {what}")
+    values, vectors = np.linalg.eigh(gram / np.multiply.outer(size, size))
+    if values[0] <= 1e-11 * len(names):
+        raise ValueError(
+            f"collinear {what}: {_involved(vectors[:, 0], names)} are linearly dependent "
+            f"(condition number {np.sqrt(values[-1] / max(values[0], 1e-300)):.1e}); drop one of them"
+        )
+
+
+def _involved(vector: ndarray, names: Sequence[str]) -> str:
+    weight = np.abs(vector)
+    return ", ".join(n for n, w in zip(names, weight, strict=True) if w > 1e-3 * weight.max())
+
+
+def _require_finite(columns: Columns, block: Block) -> None:
+    parts = [
+        ([columns.dependent], block.y[:, None]),
+        (columns.regressors, block.X),
+        (columns.instruments, block.Z),
+    ]
+    for names, matrix in parts:
+        bad = ~np.isfinite(matrix)
+        if bad.any():
+            row, column = np.argwhere(bad)[0]
+            raise ValueError(
+                f"{names[column]} is {matrix[row, column]} in row {row} and {int(bad.sum()) - 1} more "
+                "values are not finite: drop or fill those rows first"
+            )
+
+
+def _array_columns(
+    X: ndarray, Z: ndarray, names: Sequence[str] | None, instruments: Sequence[str] | None
+) -> Columns:
+    regressors = list(names) if names is not None else [f"x{k}" for k in range(X.shape[1])]
+    if len(regressors) != X.shape[1]:
+        raise ValueError(f"{len(regressors)} names for {X.shape[1]} columns of X")
+    if instruments is None:
+        instruments = []
+        for l in range(Z.shape[1]):
+            same = [k for k in range(X.shape[1]) if np.array_equal(Z[:, l], X[:, k])]
+            instruments.append(regressors[same[0]] if same else f"z{l}")
+    endogenous = [name for name in regressors if name not in instruments]
+    return Columns("y", regressors, list(instruments), endogenous)
+
+
+def _names(columns: Columns) -> Names:
+    return Names(
+        tuple(columns.regressors),
+        tuple(columns.instruments),
+        tuple(columns.endogenous),
+        columns.dependent,
+    )
+
+
+def _stack(blocks: list[Block]) -> Block:
+    weights = None if blocks[0].weights is None else np.concatenate([b.weights for b in blocks])  # type: ignore[misc]
+    return Block(
+        np.concatenate([b.y for b in blocks]),
+        np.vstack([b.X for b in blocks]),
+        np.vstack([b.Z for b in blocks]),
+        weights,
+        None,
+    )
