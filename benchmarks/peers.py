@@ -155,7 +155,7 @@ def emcee_ensemble(
         )
     target = _whiten(y, X, Z)
     context = multiprocessing.get_context("spawn")  # a fork after JAX has started may hang
-    barrier = context.Barrier(CORES)
+    barrier = context.Barrier(CORES, timeout=600)  # so that one failure does not hang the other
     work = partial(_ensemble, target, walkers // CORES, warmup, draws)
     seeds = np.random.SeedSequence(seed).spawn(CORES)
     with ProcessPoolExecutor(CORES, context, initializer=_meet, initargs=(barrier,)) as pool:
@@ -185,7 +185,7 @@ class _Whitened(NamedTuple):
         return x @ self.factor.T + self.centre
 
     def mean_moments(self) -> tuple[Array, Array]:
-        """r (L,) and R (L, K): the mean moments at x are r - R x."""
+        """Intercept r (L,) and slope R (L, K): the mean moments at x are r - R x."""
         n = len(self.residual)
         return self.Z.T @ self.residual / n, self.Z.T @ self.X / n
 
@@ -272,17 +272,18 @@ def _target_acceptance(K: int) -> float:
 
 def _numpyro(log_density: Callable[..., Any], target: float, warmup: int, draws: int) -> Any:
     """Begin (all chains), adapt and sample (one chain) by `numpyro.infer.NUTS`."""
+    import jax.numpy as jnp
     from jax import lax
     from numpyro.infer import NUTS
 
-    nuts = NUTS(
-        potential_fn=lambda x: -log_density(x), dense_mass=True, target_accept_prob=target
-    )
+    nuts = NUTS(potential_fn=lambda x: -log_density(x), dense_mass=True, target_accept_prob=target)
 
     def begin(keys: Any, starts: Array) -> Any:
-        return nuts.init(keys, warmup, starts, (), {})
+        nuts.init(keys[0], warmup, jnp.asarray(starts[0]), (), {})  # builds `nuts.sample`
+        return keys, jnp.asarray(starts)
 
     def adapt(state: Any) -> Any:
+        state = nuts.init(state[0], warmup, state[1], (), {})
         return lax.fori_loop(0, warmup, lambda _, s: nuts.sample(s, (), {}), state)
 
     def sample(state: Any) -> Any:
@@ -334,8 +335,10 @@ def _devices(chains: int) -> int:
 
 
 def _spread(work: Callable[..., Any], chains: int) -> Any:
-    """`work` of one chain, for states with a leading axis of chains: one after the other on each
-    device, so that no chain waits for another's trajectory."""
+    """Map `work` of one chain over states with a leading axis of chains.
+
+    Each device takes its chains one after the other: none waits for another's trajectory.
+    """
     import jax
     from jax.sharding import Mesh, PartitionSpec
 

@@ -95,7 +95,7 @@ class QuasiPosterior:
     ) -> tuple[float, Float[ndarray, "K"]]:
         """log π and its gradient at one θ (K,), for samplers that want gradients."""
         white = self.whitened
-        value, slope = _value_and_gradient(white.target, white.u(np.asarray(theta, dtype=float)))
+        value, slope = value_and_gradient(white.target, white.u(np.asarray(theta, dtype=float)))
         return value + white.constant, np.linalg.solve(white.factor.T, slope)
 
     @cached_property
@@ -226,9 +226,7 @@ def _turn_to_lower(slope: Float[ndarray, "L K"]) -> Float[ndarray, "L L"]:
 # --- gradient -----------------------------------------------------------------------------
 
 
-def _value_and_gradient(
-    target: Target, u: Float[ndarray, "K"]
-) -> tuple[float, Float[ndarray, "K"]]:
+def value_and_gradient(target: Target, u: Float[ndarray, "K"]) -> tuple[float, Float[ndarray, "K"]]:
     """Log density and gradient in whitened coordinates; about the price of two evaluations."""
     L, K = target.slope.shape
     p = np.concatenate([[1.0], u])

@@ -118,7 +118,9 @@ def _block(prior: Prior, names: list[str]) -> PriorBlock:
             f"({d}, {d}) for {', '.join(chosen)}"
         )
     if not (np.isfinite(mean).all() and np.isfinite(scale).all()):
-        raise ValueError(f"prior mean and {label} must be finite (leave a coefficient flat by names=)")
+        raise ValueError(
+            f"prior mean and {label} must be finite (leave a coefficient flat by names=)"
+        )
     if not np.allclose(scale, scale.T, rtol=1e-10, atol=0):
         raise ValueError(f"prior {label} is not symmetric")
     try:

@@ -1,0 +1,341 @@
+"""`sample`: draws from a quasi-posterior, as an ArviZ DataTree.
+
+The one owner of chance: a seed spawns one stream a chain and purpose, so that draws depend
+neither on the number of workers nor on how the work is cut into blocks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import joblib
+import numpy as np
+import xarray as xr
+from numpy import ndarray
+from numpy.random import Generator, SeedSequence, default_rng
+from threadpoolctl import threadpool_limits
+
+from hakari.inference.density import Target, evaluate
+from hakari.inference.identification import refuse_improper
+from hakari.inference.posterior import QuasiPosterior
+from hakari.inference.result import Draws, Plan, read_positions, to_datatree
+
+Method = Literal["auto", "mh", "da", "da-exact", "da-approx", "independence", "preconditioned"]
+METHODS = ("auto", "mh", "da", "da-exact", "da-approx", "independence", "preconditioned")
+MIX = 0.05  # share of random-walk steps that keeps da-exact and da-approx ergodic
+SUB_BLOCK = 4096  # proposals evaluated at a time: features and covariances stay in cache
+
+
+def sample(
+    posterior: QuasiPosterior,
+    method: Method = "auto",
+    draws: int = 2000,
+    chains: int = 4,
+    seed: int | None = None,
+    *,
+    warmup: int | None = None,
+    progress: bool = False,
+    resume: xr.DataTree | None = None,
+) -> xr.DataTree:
+    """Draw from the quasi-posterior.
+
+    method: a kernel, or `auto`, which runs a pilot, picks one and says why.
+    draws, chains: kept draws a chain, and chains; any number.
+    seed: whole number; the same draws for the same seed, whatever the workers. None takes
+        one from the system and records it.
+    warmup: iterations a chain that tune the proposal and are not kept; default 1,000 or 40 K.
+    progress: a progress bar on the error stream.
+    resume: an earlier result of the same posterior; its draws are kept and continued.
+
+    Chains run through joblib (threads here; inside `joblib.parallel_config(backend=...)`
+    wherever that says). Ctrl-C returns the draws so far, `attrs["interrupted"]` is 1.
+    Raises ValueError for unknown methods, an improper posterior, or a kernel that does not
+    fit the prior, before any draw.
+
+    >>> X = np.random.default_rng(1).standard_normal((100, 2))
+    >>> from hakari.inference import LinearMoments
+    >>> moments = LinearMoments.from_arrays(X @ [1.0, 2.0] + X[:, 0] ** 2, X)
+    >>> sample(QuasiPosterior(moments), draws=100, chains=2, seed=1)["posterior"]["theta"].shape
+    (2, 100, 2)
+    """
+    began = time.perf_counter()
+    _check(posterior, method, draws, chains)
+    worst = refuse_improper(posterior)
+    target = posterior.whitened.target
+    seed = int(SeedSequence().entropy) % 2**63 if seed is None else seed  # type: ignore[arg-type]
+    with threadpool_limits(1, user_api="blas"):
+        if resume is None:
+            roots = SeedSequence(seed).spawn(chains + 1)
+            plan = _plan(target, method, default_rng(roots[-1]))
+            length = warmup if warmup is not None else max(1000, 40 * target.slope.shape[1])
+            groups = _start(target, plan, [_streams(root) for root in roots[:-1]], length)
+            earlier: Draws | None = None
+        else:
+            plan, groups, earlier, seed = read_positions(resume, posterior)
+            chains = sum(len(g.streams) for g in groups)
+        warm = time.perf_counter()
+        kept, interrupted = _draw(target, plan, groups, draws, progress)
+    if earlier is not None:
+        kept = earlier.followed_by(kept)
+    times = {"warmup_seconds": warm - began, "sampling_seconds": time.perf_counter() - warm}
+    settings = {"seed": seed, "draws": draws, "chains": chains, "tail_barrier": worst.barrier}
+    return to_datatree(posterior, plan, groups, kept, settings | times, interrupted)
+
+
+# --- choosing -----------------------------------------------------------------------------
+
+
+def _check(posterior: QuasiPosterior, method: str, draws: int, chains: int) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is unknown: use one of {', '.join(METHODS)}")
+    for name, value in (("draws", draws), ("chains", chains)):
+        if int(value) != value or value < 1:
+            raise ValueError(f"{name} {value}: at least 1 is needed")
+    if method == "da-exact" and any(np.isfinite(b.df) for b in posterior.blocks):
+        raise ValueError(
+            "da-exact proposes from a Gaussian conditional and cannot take a Student prior: "
+            "use method='da-approx' or 'auto', or a Normal prior"
+        )
+
+
+def _plan(target: Target, method: str, generator: Generator) -> Plan:
+    """The kernel to run; `auto` fits the reference first and goes by what its pilot shows."""
+    if method not in ("auto", "independence", "preconditioned"):
+        return Plan(method, "as asked", None)
+    from hakari.inference.reference import fit_reference
+
+    fit = fit_reference(target, generator)
+    if method != "auto":
+        return Plan(method, "as asked", fit)
+    pilot = f"pilot: k-hat {fit.k_hat:.2f}, acceptance {fit.acceptance:.2f}"
+    if fit.k_hat < 0.7 and fit.acceptance > 0.15:
+        return Plan("independence", f"the reference fits ({pilot})", fit)
+    if fit.k_hat < 0.7:
+        return Plan(
+            "preconditioned", f"independent proposals are accepted too seldom ({pilot})", fit
+        )
+    return Plan("da", f"the tails outweigh the reference, so a local walk ({pilot})", None)
+
+
+# --- positions ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Group:
+    """Chains that advance together and what they need to go on.
+
+    point: (C, M), u or, for `preconditioned`, latent normals; tuning: (K, K) or (1, 1) ρ;
+    scale: (K, K) of the mixed-in walk.
+    """
+
+    point: ndarray
+    tuning: ndarray
+    scale: ndarray
+    streams: tuple[dict[str, Generator], ...]
+
+
+def _streams(root: SeedSequence) -> dict[str, Generator]:
+    names = ("start", "noise", "coins", "tail")
+    return {name: default_rng(s) for name, s in zip(names, root.spawn(4), strict=True)}
+
+
+def _start(
+    target: Target, plan: Plan, streams: list[dict[str, Generator]], warmup: int
+) -> list[Group]:
+    """Overdispersed starts, tuned by warm-up; one group a chain but for lock-step kernels."""
+    from hakari.inference.warmup import tune_rho
+
+    if plan.method == "preconditioned":
+        from hakari.inference.kernels.preconditioned import latent_size
+
+        reference = plan.reference
+        size = latent_size(reference)
+        start = np.stack([s["start"].standard_normal(size) for s in streams])
+        latent, rho = tune_rho(target, reference, start, warmup, streams)
+        return [Group(latent, np.full((1, 1), rho), np.empty((0, 0)), tuple(streams))]
+    work = joblib.delayed(_start_one)
+    jobs = (work(target, plan, s, warmup) for s in streams)
+    return list(joblib.Parallel(n_jobs=_workers(len(streams)), prefer="threads")(jobs))
+
+
+def _start_one(target: Target, plan: Plan, streams: dict[str, Generator], warmup: int) -> Group:
+    from hakari.inference.warmup import tune_walk
+
+    point = _start_point(target, plan, streams["start"])
+    if plan.method == "independence":
+        return Group(point[None], np.empty((0, 0)), np.empty((0, 0)), (streams,))
+    kernel = _kernel(plan.method)
+    walk = _kernel("da" if plan.method == "da" else "mh")
+    point, scale = tune_walk(target, walk, point, warmup, streams)
+    tuning = scale
+    if kernel.name == "da-approx" and target.slope.shape[0] == target.slope.shape[1]:
+        tuning = np.ascontiguousarray(np.linalg.inv(target.slope) / np.sqrt(target.n))
+    return Group(point[None], tuning, scale, (streams,))
+
+
+def _start_point(target: Target, plan: Plan, generator: Generator) -> ndarray:
+    """A point with positive density, spread wider than the Gaussian approximation."""
+    K = target.slope.shape[1]
+    for _ in range(200):
+        noise = generator.standard_normal(K)
+        u: ndarray = noise * np.sqrt(5 / generator.chisquare(5))
+        if plan.fit is not None:
+            u = plan.reference.mean + plan.reference.factor @ u
+        if np.isfinite(evaluate(target, u).log_density):
+            return u
+    raise ValueError("no point with positive density near the estimate: Ω(θ) is singular around it")
+
+
+def _kernel(name: str) -> Any:
+    from hakari.inference.kernels.approximate import approximate
+    from hakari.inference.kernels.delayed import delayed
+    from hakari.inference.kernels.exact import exact
+    from hakari.inference.kernels.metropolis import metropolis
+
+    return {k.name: k for k in (metropolis, delayed, exact, approximate)}[name]
+
+
+# --- drawing ------------------------------------------------------------------------------
+
+
+def _draw(
+    target: Target, plan: Plan, groups: list[Group], draws: int, progress: bool
+) -> tuple[Draws, bool]:
+    """All chains, in rounds of blocks; groups[:] is advanced in place. Ctrl-C ends a round early."""
+    parts: list[list[Draws]] = []
+    done, interrupted = 0, False
+    block = min(draws, 2000)
+    jobs = _workers(len(groups))
+    with _bar(progress, draws, plan) as tick, joblib.Parallel(jobs, prefer="threads") as pool:
+        try:
+            while done < draws:
+                size = min(block, draws - done)
+                began = time.perf_counter()
+                tasks = (joblib.delayed(advance)(target, plan, g, size) for g in groups)
+                moved, new = zip(*pool(tasks), strict=True)
+                groups[:] = moved
+                parts.append(list(new))
+                done += size
+                tick(size)
+                if time.perf_counter() - began < 0.25:
+                    block *= 2
+        except KeyboardInterrupt:
+            interrupted = True
+    if not parts:
+        raise KeyboardInterrupt("interrupted before the first block of draws")
+    return Draws.join(parts), interrupted
+
+
+def advance(target: Target, plan: Plan, group: Group, size: int) -> tuple[Group, Draws]:
+    """`size` more draws of one group. The group that comes back is where they ended.
+
+    The one that was passed stays as it was, its streams too: an interrupted round leaves no trace.
+    """
+    group = replace(group, streams=deepcopy(group.streams))
+    if plan.method == "independence":
+        return _advance_independence(target, plan, group, size)
+    if plan.method == "preconditioned":
+        return _advance_preconditioned(target, plan, group, size)
+    from hakari.inference.kernels.metropolis import metropolis as walk
+    from hakari.inference.transition import run
+
+    kernel = _kernel(plan.method)
+    K = group.point.shape[1]
+    noise = group.streams[0]["noise"].standard_normal((size, K))
+    coins = group.streams[0]["coins"].random((size, 3))
+    mix = MIX if kernel.name in ("da-exact", "da-approx") else 0.0
+    u, density, outcome = run(
+        target,
+        kernel.place,
+        kernel.log_screen,
+        walk.place,
+        walk.log_screen,
+        mix,
+        group.point[0],
+        group.tuning,
+        group.scale,
+        noise,
+        coins,
+    )
+    return replace(group, point=u[-1:].copy()), Draws(u[None], density[None], outcome[None])
+
+
+def _advance_independence(
+    target: Target, plan: Plan, group: Group, size: int
+) -> tuple[Group, Draws]:
+    from hakari.inference.kernels.independence import accept, log_weights, proposals
+    from hakari.inference.transition import ACCEPTED, REJECTED, SINGULAR
+
+    reference, streams = plan.reference, group.streams[0]
+    u, density = np.empty((size, group.point.shape[1])), np.empty(size)
+    outcome, weight = np.empty(size, dtype=np.int8), np.empty(size)
+    here = group.point
+    here_density, here_weight = log_weights(target, reference, here)
+    for start in range(0, size, SUB_BLOCK):
+        stop = min(start + SUB_BLOCK, size)
+        n = stop - start
+        noise = streams["noise"].standard_normal((n, here.shape[1]))
+        chi2 = streams["tail"].chisquare(reference.df, n) / reference.df
+        proposed = proposals(reference, noise, chi2)
+        new_density, new_weight = log_weights(target, reference, proposed)
+        where = accept(here_weight[0], new_weight, streams["coins"].random(n))
+        u[start:stop] = np.where(where[:, None] < 0, here, proposed[where])
+        density[start:stop] = np.where(where < 0, here_density, new_density[where])
+        moved = where == np.arange(n)
+        outcome[start:stop] = np.where(
+            moved, ACCEPTED, np.where(np.isfinite(new_density), REJECTED, SINGULAR)
+        )
+        weight[start:stop] = new_weight
+        here, here_density = u[stop - 1 : stop], density[stop - 1 : stop]
+        here_weight = here_weight if where[-1] < 0 else new_weight[where[-1:]]
+    return replace(group, point=here.copy()), Draws(
+        u[None], density[None], outcome[None], weight[None]
+    )
+
+
+def _advance_preconditioned(
+    target: Target, plan: Plan, group: Group, size: int
+) -> tuple[Group, Draws]:
+    from hakari.inference.kernels import preconditioned
+    from hakari.inference.transition import ACCEPTED, REJECTED
+
+    reference, M = plan.reference, group.point.shape[1]
+    noise = np.stack([s["noise"].standard_normal((size, M)) for s in group.streams], axis=1)
+    coins = np.stack([s["coins"].random(size) for s in group.streams], axis=1)
+    latent, u, density, accepted = preconditioned.run(
+        target,
+        reference.mean,
+        reference.factor,
+        reference.df,
+        float(group.tuning[0, 0]),
+        group.point,
+        noise,
+        coins,
+    )
+    outcome = np.where(accepted, ACCEPTED, REJECTED).astype(np.int8)
+    return replace(group, point=latent), Draws(u.swapaxes(0, 1).copy(), density.T, outcome.T)
+
+
+def _workers(groups: int) -> int:
+    return max(1, min(groups, joblib.effective_n_jobs(-1)))
+
+
+@contextmanager
+def _bar(progress: bool, draws: int, plan: Plan) -> Iterator[Callable[[int], Any]]:
+    if not progress:
+        yield lambda size: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"sampling ({plan.method})", total=draws)
+        yield lambda size: bar.advance(task, size)
+
+
+__all__ = ["METHODS", "Group", "Method", "advance", "sample"]
