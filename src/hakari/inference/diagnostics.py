@@ -97,6 +97,14 @@ def minimum_ess(K: int, precision: float = 0.05, level: float = 0.95) -> float:
     return float(constant * pi * chi2.ppf(level, K) / precision**2)
 
 
+def pareto_k(log_weight: ndarray) -> float:
+    """Pareto shape of the weights' upper tail; under 0.7 their averages can be trusted."""
+    from arviz_stats.base import array_stats
+
+    _, k_hat = array_stats.psislw(-log_weight)
+    return float(np.asarray(k_hat))
+
+
 def summary(result: xr.DataTree, level: float = 0.9) -> pd.DataFrame:
     """Mean, sd, median, equal-tailed interval, and ArviZ's ESS, MCSE and R-hat, a row a coefficient.
 
@@ -131,6 +139,12 @@ def convergence_notes(result: xr.DataTree) -> list[str]:
     if frame["r_hat"].max() > 1.01:
         worst = frame["r_hat"].idxmax()
         notes.append(f"R-hat of {worst} is {frame['r_hat'].max():.3f}, over 1.01: draw more")
+    k_hat = float(result["checks"].dataset.get("k_hat", np.nan))
+    if k_hat > 0.7:
+        notes.append(
+            f"Pareto k-hat of the proposals is {k_hat:.2f}, over 0.7: the tails may be "
+            "undersampled; try method='preconditioned' or 'da'"
+        )
     low = frame[["ess_bulk", "ess_tail"]].min(axis=1)
     if low.min() < 400:
         notes.append(f"the effective sample size of {low.idxmin()} is {low.min():.0f}, under 400")

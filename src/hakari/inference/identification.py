@@ -13,12 +13,11 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from hakari.inference.covariance import products, unpack
-from hakari.inference.density import Target, log_density_batch
+from hakari.inference.density import log_density_batch
 from hakari.inference.posterior import QuasiPosterior
 
-BARRIER = 20.0  # log units that make an improper tail invisible
-_RADII = np.logspace(-1, 6, 281)
+BARRIER = 15.0  # log units: a million draws do not see what lies behind
+_RADII = np.logspace(-1, 6, 57)
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,10 @@ def tail(posterior: QuasiPosterior) -> Tail:
     target = white.target
     names, endogenous = posterior.moments.names.parameters, posterior.moments.names.endogenous
     worst: Tail | None = None
-    for d in _directions(target, white.factor):
-        density = log_density_batch(target, _RADII[:, None] * d)
+    rays = _directions(white.factor)
+    points = np.concatenate([_RADII[:, None] * d for d in rays])
+    densities = log_density_batch(target, points).reshape(len(rays), -1)
+    for d, density in zip(rays, densities, strict=True):
         mass = density + len(d) * np.log(_RADII)
         found = _read(mass, 4 + 4 * np.sqrt(len(d)))
         if worst is None or found < (worst.barrier, -worst.decay):
@@ -88,8 +89,8 @@ def _named(share: Float[ndarray, "K"], names: tuple[str, ...], endogenous: tuple
 
 def _read(mass: Float[ndarray, "S"], inside: float) -> tuple[float, float]:
     """(barrier, −decay) of log shell masses on log-spaced radii; the mode's shell is `inside`."""
-    span = np.log(_RADII[-1] / _RADII[-21])
-    decay = float((mass[-1] - mass[-21]) / span) if np.isfinite(mass[-1]) else -np.inf
+    span = np.log(_RADII[-1] / _RADII[-5])
+    decay = float((mass[-1] - mass[-5]) / span) if np.isfinite(mass[-1]) else -np.inf
     near = int(mass[_RADII < inside].argmax())
     peak = mass[near]
     if near == 0 or not np.isfinite(peak):
@@ -99,40 +100,7 @@ def _read(mass: Float[ndarray, "S"], inside: float) -> tuple[float, float]:
     return float(peak - mass[near:].min()), -decay
 
 
-def _directions(target: Target, factor: Float[ndarray, "K K"]) -> list[Float[ndarray, "K"]]:
-    """Unit rays of u, both ways: each coefficient's own, and from there to the weakest limit."""
-    K = len(factor)
+def _directions(factor: Float[ndarray, "K K"]) -> list[Float[ndarray, "K"]]:
+    """Unit rays of u, both ways, along which each coefficient moves and the others follow."""
     own = factor / np.sqrt((factor**2).sum(axis=1))[:, None]
-    rays = [*own, *np.eye(K)]
-    if target.continuous:
-        limits = [_limit(target, d) for d in own]
-        for index in np.argsort(limits)[:3]:
-            rays.append(_weakest(target, own[index]))
-    return [sign * d for d in rays for sign in (1.0, -1.0)]
-
-
-def _far_covariance(target: Target, d: Float[ndarray, "K"]) -> Float[ndarray, "L L"]:
-    """Ω(s d)/s² as s → ∞."""
-    p = np.concatenate([[0.0], d])
-    if len(target.rows_z):
-        weighted = target.rows_z * (target.rows_w @ p)[:, None]
-        return weighted.T @ weighted / target.n  # type: ignore[no-any-return]
-    return unpack(target.tensor @ products(p), target.slope.shape[0])
-
-
-def _limit(target: Target, d: Float[ndarray, "K"]) -> float:
-    """n (R d)'[E zz'(x'd)²]⁻¹(R d): the criterion far out along d."""
-    move = target.slope @ d
-    return float(target.n * move @ np.linalg.lstsq(_far_covariance(target, d), move, rcond=None)[0])
-
-
-def _weakest(target: Target, d: Float[ndarray, "K"]) -> Float[ndarray, "K"]:
-    """Follow d to a ray of lower limit: the least eigenvector with the covariance held, in turn."""
-    best, least = d, _limit(target, d)
-    for _ in range(15):
-        inverse = np.linalg.pinv(_far_covariance(target, d))
-        d = np.linalg.eigh(target.slope.T @ inverse @ target.slope)[1][:, 0]
-        limit = _limit(target, d)
-        if limit < least:
-            best, least = d, limit
-    return best
+    return [sign * d for d in own for sign in (1.0, -1.0)]

@@ -18,6 +18,7 @@ from numpy.random import Generator
 from scipy.optimize import minimize
 
 from hakari.inference.density import Target
+from hakari.inference.diagnostics import pareto_k
 from hakari.inference.kernels.independence import (
     Reference,
     log_reference,
@@ -44,17 +45,19 @@ class Fit:
 
 def fit_reference(target: Target, generator: Generator, rounds: int = 4) -> Fit:
     """Fit a Student reference to the density of `target`; costs about 10,000 + 1,000 K evaluations."""
-    batch = 1500 + 150 * target.slope.shape[1]
+    L, K = target.slope.shape
+    batch = 1500 + 150 * K
+    last = batch + int(min(20_000, 1e9 / (L * L * K * K)))  # k-hat is noisy: spend 0.1 s on it
     reference = _laplace(target)
     best: Fit | None = None
     for index in range(rounds):
-        size = batch * (1 if index < 2 else 2)
+        size = batch if index < rounds - 1 else last
         noise = generator.standard_normal((size, len(reference.mean)))
         chi2 = generator.chisquare(reference.df, size) / reference.df
         u = proposals(reference, noise, chi2)
         density, weight = log_weights(target, reference, u)
         fit = _quality(reference, weight, (0 if best is None else best.size) + size)
-        if best is None or fit.efficiency > best.efficiency:
+        if best is None or index == rounds - 1 or fit.efficiency > best.efficiency:
             best = fit
         else:
             best = Fit(best.reference, best.k_hat, best.acceptance, best.efficiency, fit.size)
@@ -103,12 +106,6 @@ def _quality(reference: Reference, log_weight: ndarray, size: int) -> Fit:
     acceptance = float((ordered * (2 * rank - 1)).sum() / len(ordered) / total)
     efficiency = float(total**2 / (ordered**2).sum() / len(ordered))
     return Fit(reference, k_hat, acceptance, efficiency, size)
-
-
-def pareto_k(log_weight: ndarray) -> float:
-    """Pareto shape of the weights' upper tail; under 0.7 their averages can be trusted."""
-    _, k_hat = array_stats.psislw(-log_weight)
-    return float(np.asarray(k_hat))
 
 
 def _refit(reference: Reference, u: ndarray, density: ndarray, log_weight: ndarray) -> Reference:

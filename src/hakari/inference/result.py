@@ -19,7 +19,7 @@ import xarray as xr
 from numpy import ndarray
 from numpy.random import SeedSequence, default_rng
 
-from hakari.inference.diagnostics import stuck_chains
+from hakari.inference.diagnostics import pareto_k, stuck_chains
 from hakari.inference.kernels.independence import Reference
 from hakari.inference.posterior import QuasiPosterior
 from hakari.inference.prior import prior_draws
@@ -122,8 +122,18 @@ def _checks(draws: Draws, notes: list[str], plan: Plan) -> xr.Dataset:
         "stuck": len(notes),
     }
     if plan.fit is not None:
-        checks["k_hat"] = plan.fit.k_hat
+        checks["pilot_k_hat"] = plan.fit.k_hat
+    if draws.log_weight is not None:
+        checks["k_hat"] = _k_hat(draws.log_weight)
     return xr.Dataset(checks, attrs={"notes": "; ".join(notes)})
+
+
+def _k_hat(log_weight: ndarray) -> float:
+    """Pareto shape of a run's importance weights; NaN for a handful of draws."""
+    finite = log_weight[np.isfinite(log_weight)]
+    if len(finite) < 50 or np.ptp(finite) == 0:
+        return np.nan
+    return pareto_k(finite)
 
 
 def _position(plan: Plan, groups: list[Group]) -> xr.Dataset:
