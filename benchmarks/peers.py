@@ -13,10 +13,10 @@ sampling), so both NUTS are compiled here ahead of time, from their libraries' k
 
 Set-ups that were measured (microseconds, or minimum bulk ESS per second, on two cores; n, K, L =
 500, 5, 5 / 500, 10, 10 / 500, 20, 20 / 2000, 20, 30):
-- Omega and gradient, sequential: einsum over rows 9 / 19 / 34 / 138, rows times precomputed pairs
-  of instruments 5.8 / 10 / 22 / 121, symmetric tensor 2.6 / 4.4 / 13 / 28, tensor with the
-  gradient written out 1.8 / 3.1 / 11 / 24. The last three share one form, features @ table, and a
-  pilot picks rows or tensor.
+- Omega and gradient, sequential: products of rows 9 / 19 / 34 / 138, symmetric tensor 2.6 / 4.4 /
+  13 / 28, tensor with the gradient written out 1.8 / 3.1 / 11 / 24. At K = 50, L = 60 the tensor
+  takes 577 against 2,197 for n = 5000, and 532 against 178 for n = 500: rows win once the pairs
+  (K+1)(K+2)/2 outnumber them (a tie at 500, 30, 30), and that is the rule.
 - Chains (NumPyro): vectorized 63k / 63k / 17k / 10k, one device a core with its chains vectorized
   74k / 83k / 9k / 13k, one device a core with its chains one after the other 89k / 78k / 20k / 16k:
   the last, since chains in lock-step wait for the longest trajectory.
@@ -56,7 +56,7 @@ class Run:
         draws: (chains, draws, K), of theta.
         seconds: sampling, after adaptation (burn-in for emcee) and compilation.
         warmup_seconds: adaptation or burn-in, compiled.
-        total_seconds: the whole call: estimate, pilot, compilation, adaptation and sampling.
+        total_seconds: the whole call: set-up, compilation, adaptation and sampling.
         version: of the library.
         setup: what was chosen, in words.
     """
@@ -75,6 +75,8 @@ def numpyro_nuts(
 ) -> Run:
     """Sample the quasi-posterior by NumPyro's NUTS with a dense mass matrix.
 
+    Call it before any other JAX operation in the process: it sets the number of CPU devices.
+
     Args:
         y: outcome (n,).
         X: regressors (n, K).
@@ -89,7 +91,7 @@ def numpyro_nuts(
 
     Source: Phan, Pradhan and Jankowiak (2019), arXiv 1912.11554.
     """
-    return _nuts("numpyro", _numpyro, y, X, Z, (chains, warmup, draws), seed)
+    return _nuts("numpyro", _numpyro, _whiten(y, X, Z), (chains, warmup, draws), seed)
 
 
 def blackjax_nuts(
@@ -97,32 +99,18 @@ def blackjax_nuts(
 ) -> Run:
     """Sample the quasi-posterior by BlackJAX's NUTS, dense mass matrix by window adaptation.
 
-    Args:
-        y: outcome (n,).
-        X: regressors (n, K).
-        Z: instruments (n, L), L >= K.
-        chains: chains; a multiple of two keeps both cores busy.
-        warmup: iterations of adaptation for each chain.
-        draws: draws kept for each chain.
-        seed: of starts and chains.
+    Arguments, and the place among JAX operations, as for `numpyro_nuts`.
 
     Returns:
         The run, draws (chains, draws, K).
 
     Source: Cabezas et al. (2024), arXiv 2402.10797.
     """
-    return _nuts("blackjax", _blackjax, y, X, Z, (chains, warmup, draws), seed)
+    return _nuts("blackjax", _blackjax, _whiten(y, X, Z), (chains, warmup, draws), seed)
 
 
 def emcee_ensemble(
-    y: Array,
-    X: Array,
-    Z: Array,
-    *,
-    walkers: int | None = None,
-    warmup: int,
-    draws: int,
-    seed: int,
+    y: Array, X: Array, Z: Array, *, walkers: int | None = None, warmup: int, draws: int, seed: int
 ) -> Run:
     """Sample the quasi-posterior by emcee: one ensemble a core, differential-evolution moves.
 
@@ -206,20 +194,16 @@ def _whiten(y: Array, X: Array, Z: Array) -> _Whitened:
     return _Whitened(y - X @ centre, X @ factor, rotated, centre, factor)
 
 
-def _lower_pairs(Z: Array) -> Array:
-    """Products z_i z_j / n (n, L(L+1)/2), lower triangle row by row."""
-    rows, columns = np.tril_indices(Z.shape[1])
-    return Z[:, rows] * Z[:, columns] / len(Z)
-
-
-def _tensor(target: _Whitened) -> tuple[tuple[Array, Array], Array]:
+def _tensor(target: _Whitened) -> tuple[tuple[NDArray[np.intp], NDArray[np.intp]], Array]:
     """Pairs j <= k of p = (1, x), and the table T: Omega's lower triangle = (p_j p_k) @ T.
 
     T (pairs, L(L+1)/2) sums a_ij a_ik z_i z_i' / n over rows, a = (residual, -X), twice if j < k.
     """
     a = np.column_stack([target.residual, -target.X])
     j, k = np.triu_indices(a.shape[1])
-    return (j, k), (a[:, j] * a[:, k] * np.where(j == k, 1.0, 2.0)).T @ _lower_pairs(target.Z)
+    rows, columns = np.tril_indices(target.Z.shape[1])
+    instruments = target.Z[:, rows] * target.Z[:, columns] / len(a)
+    return (j, k), (a[:, j] * a[:, k] * np.where(j == k, 1.0, 2.0)).T @ instruments
 
 
 # --- NUTS -----------------------------------------------------------------------------------------
@@ -235,13 +219,7 @@ def _start_jax() -> None:
 
 
 def _nuts(
-    name: str,
-    kernels: Callable[..., Any],
-    y: Array,
-    X: Array,
-    Z: Array,
-    lengths: tuple[int, int, int],
-    seed: int,
+    name: str, kernels: Any, target: _Whitened, lengths: tuple[int, int, int], seed: int
 ) -> Run:
     """Adapt and sample with `kernels`, compiled ahead, on one device a core."""
     began = perf_counter()
@@ -249,20 +227,18 @@ def _nuts(
     import jax
 
     chains, warmup, draws = lengths
-    target = _whiten(y, X, Z)
-    K = X.shape[1]
+    K = target.X.shape[1]
+    acceptance = _target_acceptance(K)
     starts = JITTER * np.random.default_rng(seed).standard_normal((chains, K))
     keys = jax.random.split(jax.random.PRNGKey(seed), chains)
     with threadpool_limits(1):  # JAX's Cholesky is SciPy's LAPACK
-        form, log_density = _fastest_density(target)
-        begin, adapt, sample = kernels(log_density, _target_acceptance(K), warmup, draws)
+        begin, adapt, sample = kernels(_log_density(target), acceptance, warmup, draws)
         states, warmup_seconds = _timed(_spread(adapt, chains), begin(keys, starts))
         x, seconds = _timed(_spread(sample, chains), states)
-    setup = f"{form} form, {_devices(chains)} devices, target acceptance {_target_acceptance(K)}"
+    theta = target.theta(np.asarray(x))
     total = perf_counter() - began
-    return Run(
-        name, target.theta(np.asarray(x)), seconds, warmup_seconds, total, version(name), setup
-    )
+    setup = f"{_form(target)} form, {_devices(chains)} devices, target acceptance {acceptance}"
+    return Run(name, theta, seconds, warmup_seconds, total, version(name), setup)
 
 
 def _target_acceptance(K: int) -> float:
@@ -359,54 +335,36 @@ def _timed(call: Any, *arguments: Any) -> tuple[Any, float]:
     return result, perf_counter() - began
 
 
-def _fastest_density(target: _Whitened) -> tuple[str, Callable[..., Any]]:
-    """Name and log density of the form whose gradient is faster here, by a short pilot.
-
-    Rows cost n L^2/2 and the tensor K^2 L^2/4 multiply-adds: rows win when n < (K+1)(K+2)/2.
-    """
-    import jax.numpy as jnp
-
-    (j, k), table = _tensor(target)
-    residual, X = jnp.asarray(target.residual), jnp.asarray(target.X)
-
-    def pairs(x: Any) -> Any:
-        p = jnp.concatenate([jnp.ones(1), x])
-        return p[j] * p[k]
-
-    def squares(x: Any) -> Any:
-        return (residual - X @ x) ** 2
-
-    densities = {
-        "tensor": _log_density(target, pairs, table),
-        "rows": _log_density(target, squares, _lower_pairs(target.Z)),
-    }
-    name = min(densities, key=lambda name: _gradient_seconds(densities[name], target.X.shape[1]))
-    return name, densities[name]
+def _form(target: _Whitened) -> str:
+    """The faster form of Omega: the tensor's pairs, or the rows when they are fewer."""
+    n, K = target.X.shape
+    pairs = (K + 1) * (K + 2) // 2
+    return "rows" if n < pairs else "tensor"
 
 
-def _gradient_seconds(log_density: Callable[..., Any], K: int, repeats: int = 300) -> float:
-    """Seconds of `repeats` gradients in a compiled loop, the better of two runs."""
-    import jax
-    import jax.numpy as jnp
-
-    def ascend(x: Any) -> Any:
-        # the value is used too, or XLA would drop its part
-        value, slope = jax.value_and_grad(log_density)(x)
-        return 0.9 * x + 1e-3 * slope + 0.0 * value
-
-    loop = jax.jit(lambda x: jax.lax.fori_loop(0, repeats, lambda _, x: ascend(x), x))
-    return min(_timed(loop, jnp.full(K, JITTER))[1] for _ in range(2))
-
-
-def _log_density(target: _Whitened, features: Callable[..., Any], table: Array) -> Any:
-    """Log density of x (K,) where Omega's lower triangle is features(x) @ table."""
+def _log_density(target: _Whitened) -> Callable[[Any], Any]:
+    """Log density of x (K,), to be traced by JAX, in the form that `_form` names."""
     import jax.numpy as jnp
 
     n, L = target.Z.shape
-    r, R = map(jnp.asarray, target.mean_moments())
-    columns = jnp.asarray(table)
+    residual, X, Z = (jnp.asarray(part) for part in target[:3])
+    r, R = (jnp.asarray(part) for part in target.mean_moments())
     criterion = _criterion(n, L)
-    return lambda x: criterion(features(x) @ columns, r - R @ x)
+
+    def from_rows(x: Any) -> Any:
+        moments = Z * (residual - X @ x)[:, None]
+        return criterion((moments.T @ moments / n)[np.tril_indices(L)], r - R @ x)
+
+    if _form(target) == "rows":
+        return from_rows
+    (j, k), tensor = _tensor(target)
+    table = jnp.asarray(tensor)
+
+    def from_tensor(x: Any) -> Any:
+        p = jnp.concatenate([jnp.ones(1), x])
+        return criterion((p[j] * p[k]) @ table, r - R @ x)
+
+    return from_tensor
 
 
 def _criterion(n: int, L: int) -> Any:
@@ -422,7 +380,7 @@ def _criterion(n: int, L: int) -> Any:
     rows, columns = np.tril_indices(L)
     place = np.zeros((L, L), dtype=int)
     place[rows, columns] = place[columns, rows] = np.arange(len(rows))
-    twice = np.where(rows == columns, 0.5, 1.0)
+    scale = np.where(rows == columns, 0.5, 1.0)  # off the diagonal, a packed entry is two
 
     def forward(packed: Any, m: Any) -> Any:
         factor = linalg.cholesky(packed[place], symmetrize_input=False)
@@ -434,7 +392,7 @@ def _criterion(n: int, L: int) -> Any:
     def backward(kept: Any, slope: Any) -> Any:
         inverse, v = kept
         by_omega = n * jnp.outer(v, v) - inverse.T @ inverse
-        return slope * twice * by_omega[rows, columns], -slope * n * v
+        return slope * scale * by_omega[rows, columns], -slope * n * v
 
     criterion = jax.custom_vjp(lambda packed, m: forward(packed, m)[0])
     criterion.defvjp(forward, backward)

@@ -134,6 +134,7 @@ def estimate(moments: LinearMoments, method: Method = "two-step") -> Estimate:
 
 def _two_step(moments: LinearMoments) -> _Fit:
     weighting = _omega(moments, _first_step(moments))
+    _refuse_singular(weighting)
     return _Fit(_weighted(moments, weighting), weighting)
 
 
@@ -205,6 +206,18 @@ def _newton(gradient: Callable[[ndarray], ndarray], u: ndarray) -> tuple[ndarray
         if length <= STANDS:
             break
     return u, length
+
+
+def _refuse_singular(omega: Float[ndarray, "L L"]) -> None:
+    """Rounding lets a matrix without full rank, such as of too few clusters, have a factor."""
+    size = np.sqrt(np.diag(omega))
+    spectrum = np.linalg.eigvalsh(omega / np.multiply.outer(size, size))
+    if spectrum[0] <= 1e-13 * len(omega):
+        raise ValueError(
+            f"Ω is singular at the estimate: rank {int((spectrum > 1e-13 * len(omega)).sum())} for "
+            f"{len(omega)} moments; drop duplicate instruments, or use a covariance with more "
+            "independent rows or clusters"
+        )
 
 
 # --- what comes with an estimate ----------------------------------------------------------

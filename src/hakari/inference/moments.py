@@ -219,7 +219,7 @@ class LinearMoments:
         C = scale.left @ C @ scale.right
         if spec.kind == "hac" and spec.bandwidth is None:
             estimate = np.linalg.lstsq(C.mean(axis=0)[:, 1:], -C.mean(axis=0)[:, 0], rcond=None)[0]
-            series = C @ np.concatenate([[1.0], estimate])
+            series = C @ np.concatenate([[1.0], estimate]) / left
             spec = replace(spec, bandwidth=automatic_bandwidth(series, spec.kernel))
         sums = _sums(C, spec, None if clusters is None else np.asarray(clusters))
         digest = hashlib.sha256(G.tobytes() + g.tobytes()).hexdigest()
@@ -388,7 +388,8 @@ def _block_moments(names: Names, spec: Covariance, scale: Scale, block: Block) -
     total = Z.T @ W
     if spec.kind == "hac" and spec.bandwidth is None:
         residual = W @ _two_stage(total, Z.T @ Z)
-        spec = replace(spec, bandwidth=automatic_bandwidth(Z * residual[:, None], spec.kernel))
+        series = np.linalg.solve(scale.left, (Z * residual[:, None]).T).T  # in the data's units
+        spec = replace(spec, bandwidth=automatic_bandwidth(series, spec.kernel))
     sums: Sums = None
     if spec.kind == "robust":
         sums = robust_sums(Z, W)

@@ -70,9 +70,9 @@ class PriorBlock:
         """Normalised log density of θ (..., K)."""
         q = ((theta @ self.root.T - self.centre) ** 2).sum(axis=-1)
         if np.isinf(self.df):
-            return self.constant - 0.5 * q
+            return np.asarray(self.constant - 0.5 * q)
         d = len(self.centre)
-        return self.constant - 0.5 * (self.df + d) * np.log1p(q / self.df)
+        return np.asarray(self.constant - 0.5 * (self.df + d) * np.log1p(q / self.df))
 
 
 def prior_blocks(prior: Prior | Sequence[Prior], names: Sequence[str]) -> tuple[PriorBlock, ...]:
@@ -148,7 +148,7 @@ def prior_log_density(
     total = np.zeros(np.shape(theta)[:-1])
     for block in blocks:
         total = total + block.log_density(theta)
-    return total
+    return np.asarray(total)
 
 
 def prior_draws(

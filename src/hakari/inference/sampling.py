@@ -112,8 +112,11 @@ def _plan(target: Target, method: str, generator: Generator) -> Plan:
     fit = fit_reference(target, generator)
     if method != "auto":
         return Plan(method, "as asked", fit)
-    pilot = f"pilot: k-hat {fit.k_hat:.2f}, acceptance {fit.acceptance:.2f}"
-    if fit.k_hat < 0.7 and fit.acceptance > 0.15:
+    pilot = (
+        f"pilot: k-hat {fit.k_hat:.2f}, acceptance {fit.acceptance:.2f}, "
+        f"effective share {fit.efficiency:.2f}"
+    )
+    if fit.k_hat < 0.7 and fit.efficiency > 0.15:
         return Plan("independence", f"the reference fits ({pilot})", fit)
     if fit.k_hat < 0.7:
         return Plan(

@@ -1,0 +1,175 @@
+"""The `hakari` command. A half of the package is imported only when its subcommand runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import App, CycloptsError, Group, Parameter
+
+from hakari import __version__
+
+app = App(
+    name="hakari",
+    version=__version__,
+    help="""Weigh evidence without a likelihood: posteriors from moment conditions.
+
+Start with `hakari demo`, then try `hakari iv --help` on your own data.""",
+    help_format="markdown",
+    suppress_keyboard_interrupt=False,
+)
+
+MODEL = Group.create_ordered(
+    "Model",
+    help="For example: hakari iv 'lwage ~ 1 + exper + [educ ~ nearc4]' --data card.csv "
+    "--covariance cluster:state",
+)
+PRIOR = Group.create_ordered(
+    "Prior and form of the posterior",
+    help="For example: --prior 'educ=normal(0.1, 0.15)' --prior 'exper=student(4, 0, 0.1)'",
+)
+SAMPLER = Group.create_ordered(
+    "Sampler", help="For example: --draws 20000 --chains 8 --seed 7 --method preconditioned"
+)
+OUTPUT = Group.create_ordered(
+    "Output", help="For example: --out runs/schooling --level 0.95 --json > answer.json"
+)
+
+Method = Literal["auto", "mh", "da", "da-exact", "da-approx", "independence", "preconditioned"]
+Out = Annotated[
+    Path | None,
+    Parameter(
+        group=OUTPUT,
+        help="Run folder to make; an existing one must be empty. Without it, a free name in runs/.",
+    ),
+]
+Json = Annotated[
+    bool,
+    Parameter(
+        name="--json",
+        negative="",
+        group=OUTPUT,
+        help="Print one JSON object and nothing else on stdout; the run folder is written as well.",
+    ),
+]
+
+
+@app.command
+def iv(
+    formula: Annotated[str, Parameter(group=MODEL)],
+    /,
+    *,
+    data: Annotated[Path, Parameter(group=MODEL)],
+    covariance: Annotated[str, Parameter(group=MODEL)] = "robust",
+    centred: Annotated[bool, Parameter(group=MODEL, negative="")] = False,
+    weights: Annotated[str | None, Parameter(group=MODEL)] = None,
+    missing: Annotated[Literal["raise", "drop"], Parameter(group=MODEL)] = "raise",
+    prior: Annotated[tuple[str, ...], Parameter(group=PRIOR, negative="", show_default=False)] = (),
+    weighting: Annotated[Literal["continuous", "two-step"], Parameter(group=PRIOR)] = "continuous",
+    determinant: Annotated[bool, Parameter(group=PRIOR)] = True,
+    method: Annotated[Method, Parameter(group=SAMPLER)] = "auto",
+    draws: Annotated[int, Parameter(group=SAMPLER)] = 2000,
+    chains: Annotated[int, Parameter(group=SAMPLER)] = 4,
+    seed: Annotated[int, Parameter(group=SAMPLER)] = 1,
+    resume: Annotated[Path | None, Parameter(group=SAMPLER)] = None,
+    level: Annotated[float, Parameter(group=OUTPUT)] = 0.9,
+    out: Out = None,
+    json: Json = False,
+) -> int:
+    """Instrumental variables with a prior: the quasi-posterior beside GMM, in a report.
+
+    Reads a table once, draws from the quasi-posterior of the moments z(y - x'b), compares with
+    GMM and continuously updated GMM, checks the instruments and the prior's weight, and writes
+    a run folder. The last line printed is the path of its report.html.
+
+    Parameters
+    ----------
+    formula: str
+        As in linearmodels: 'y ~ 1 + x1 + [endogenous ~ instrument1 + instrument2]'.
+        Without a bracket it is a regression. Terms may be transformed: 'np.log(wage) ~ ...'.
+    data: Path
+        CSV (.csv, .csv.gz) or Parquet file, or a folder of them, of any size.
+    covariance: str
+        Of the moments: iid, robust, cluster:COLUMN, hac:BANDWIDTH or hac:auto.
+    centred: bool
+        Subtract the moments' mean in their covariance.
+    weights: str
+        Column of observation weights, at least 0.
+    missing: str
+        Rows in which a used column is missing: raise (an error that counts them) or drop.
+    prior: tuple
+        Repeatable. weak (the default: N(0, (2.5 sd(y) / sd(x))^2) on each endogenous
+        coefficient, the others flat), flat, normal(MEAN, SD) or student(DF, MEAN, SCALE) on all
+        coefficients, or on one: 'educ=normal(0.1, 0.15)'. What is not named stays flat.
+        The second number is a standard deviation, not a variance.
+    weighting: str
+        Weighting matrix: continuous (updated with the coefficients) or two-step (fixed).
+    determinant: bool
+        Include the determinant of the weighting; without it and with a flat prior, the
+        mode is continuously updated GMM.
+    method: str
+        Kernel; auto runs a pilot, picks one and says why.
+    draws: int
+        Kept draws of each chain.
+    chains: int
+        Independent chains.
+    seed: int
+        Of all randomness, recorded in the run folder; the same seed gives the same numbers.
+    resume: Path
+        Folder of an earlier run with the same question, whose draws are kept and continued.
+    level: float
+        Probability of the intervals and of the Anderson-Rubin set.
+    """
+    from hakari.inference.iv import Question
+    from hakari.inference.iv_command import answer
+
+    question = Question(
+        formula,
+        data,
+        prior,
+        covariance,
+        centred,
+        weights,
+        missing,
+        weighting,
+        determinant,
+        method,
+        draws,
+        chains,
+        seed,
+        level,
+    )
+    return answer(question, out, resume, json)
+
+
+@app.command
+def demo(*, out: Out = None, json: Json = False) -> int:
+    """Returns to schooling (Card, 1995), from data to report in seconds; needs no download."""
+    from hakari.inference.demo import answer
+
+    return answer(out, json)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; a user's error is one line on stderr and exit status 2."""
+    try:
+        code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        sys.exit(_complain(f"{error} (see hakari --help)"))
+    except ModuleNotFoundError as error:
+        if (error.name or "hakari").partition(".")[0] == "hakari":
+            raise
+        sys.exit(_complain(f'{error.name} is not installed: pip install "hakari[inference]"'))
+    except (ValueError, TypeError, OSError) as error:
+        sys.exit(_complain(str(error)))
+    except KeyboardInterrupt:
+        _complain("interrupted before the first draws; nothing was written")
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(message: str) -> int:
+    print("hakari:", " ".join(message.split()), file=sys.stderr)
+    return 2
