@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import tests.typechecker  # noqa: F401 - the hook finds it as an attribute of `tests`
 from jaxtyping import install_import_hook
+from threadpoolctl import threadpool_limits
+
+import tests.typechecker  # noqa: F401 - the hook finds it as an attribute of `tests`
 
 # compiled modules (density, transition, kernels) are left out: numba cannot see through the hook
 CHECKED = [
@@ -11,3 +13,6 @@ CHECKED = [
     for name in ("moments", "posterior", "prior", "diagnostics", "identification", "gmm")
 ]
 install_import_hook(CHECKED, "tests.typechecker.check")
+
+# small solves wait for each other's threads on shared cores, and sums in other orders differ
+threadpool_limits(1, user_api="blas")

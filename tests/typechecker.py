@@ -1,4 +1,4 @@
-"""beartype for the shapes in annotations; a whole number passes for a float, as type checkers say."""
+"""beartype for the shapes in annotations; whole numbers pass for floats, as PEP 484 says."""
 
 from beartype import BeartypeConf, beartype
 

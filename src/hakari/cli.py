@@ -34,26 +34,12 @@ SAMPLER = Group.create_ordered(
     "Sampler", help="For example: --draws 20000 --chains 8 --seed 7 --method preconditioned"
 )
 OUTPUT = Group.create_ordered(
-    "Output", help="For example: --out runs/schooling --level 0.95 --json > answer.json"
+    "Output", help="For example: --out runs/schooling --json > answer.json"
 )
 
 Method = Literal["auto", "mh", "da", "da-exact", "da-approx", "independence", "preconditioned"]
-Out = Annotated[
-    Path | None,
-    Parameter(
-        group=OUTPUT,
-        help="Run folder to make; an existing one must be empty. Without it, a free name in runs/.",
-    ),
-]
-Json = Annotated[
-    bool,
-    Parameter(
-        name="--json",
-        negative="",
-        group=OUTPUT,
-        help="Print one JSON object and nothing else on stdout; the run folder is written as well.",
-    ),
-]
+Out = Annotated[Path | None, Parameter(group=OUTPUT)]
+Json = Annotated[bool, Parameter(name="--json", negative="", group=OUTPUT)]
 
 
 @app.command
@@ -121,6 +107,11 @@ def iv(
         Folder of an earlier run with the same question, whose draws are kept and continued.
     level: float
         Probability of the intervals and of the Anderson-Rubin set.
+    out: Path
+        Run folder to make; an existing one must be empty. Without it, a free name in runs/.
+    json: bool
+        Print one JSON object and nothing else on stdout (null: not available or unbounded);
+        the run folder is written as well.
     """
     from hakari.inference.iv import Question
     from hakari.inference.iv_command import answer
@@ -146,7 +137,15 @@ def iv(
 
 @app.command
 def demo(*, out: Out = None, json: Json = False) -> int:
-    """Returns to schooling (Card, 1995), from data to report in seconds; needs no download."""
+    """Returns to schooling (Card, 1995), from data to report in seconds; needs no download.
+
+    Parameters
+    ----------
+    out: Path
+        Run folder to make; an existing one must be empty. Without it, a free name in runs/.
+    json: bool
+        Print one JSON object and nothing else on stdout; the run folder is written as well.
+    """
     from hakari.inference.demo import answer
 
     return answer(out, json)
@@ -165,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, TypeError, OSError) as error:
         sys.exit(_complain(str(error)))
     except KeyboardInterrupt:
-        _complain("interrupted before the first draws; nothing was written")
+        _complain("interrupted; nothing was written")
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -8,6 +8,7 @@ import pytest
 from linearmodels.datasets import card, mroz
 from linearmodels.iv import IVGMM, IVGMMCUE
 from numpy.testing import assert_allclose
+from threadpoolctl import threadpool_limits
 
 from hakari.inference.covariance import Covariance
 from hakari.inference.gmm import estimate
@@ -26,6 +27,13 @@ LINEARMODELS = {  # ours -> weight_type and its options; theirs centres the resi
     ("hac:6:parzen", True): ("kernel", {"bandwidth": 6, "kernel": "parzen", "center": True}),
 }
 CASES = [(data, kind, centred) for data in FORMULAS for kind, centred in LINEARMODELS]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads cost more than they bring in matrices of this size, above all on shared cores."""
+    with threadpool_limits(1):
+        yield
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import numpy as np
@@ -96,7 +97,7 @@ def test_merged_shards_are_the_whole(data, design, covariance, centred):
         return hi.LinearMoments.from_formula(FORMULA, frame, covariance, centred=centred)
 
     cuts = [0, 3, 40, 1500, len(data)]  # three rows are fewer than lags, clusters are cut
-    shards = [part(data[a:b]) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    shards = [part(data[a:b]) for a, b in itertools.pairwise(cuts)]
     left = ((shards[0] + shards[1]) + shards[2]) + shards[3]
     right = shards[0] + (shards[1] + (shards[2] + shards[3]))
     whole = part(data)
@@ -124,7 +125,7 @@ def test_general_moments_equal_instrumental_ones(data, design, covariance):
 
 
 def test_weights_multiply_moments_and_their_scale_does_not_matter(data, design):
-    X, Z, theta, residual = design
+    _, Z, theta, residual = design
     w = 0.5 + np.random.default_rng(3).random(len(data))
     frame = data.assign(w=w)
     ours = hi.LinearMoments.from_formula(FORMULA, frame, weights="w")
@@ -210,3 +211,27 @@ def test_frames_of_polars_like_libraries_and_dicts(data, design):
         hi.LinearMoments.from_formula(FORMULA, as_dict).covariance_at(theta), whole, rtol=1e-12
     )
     assert isinstance(data, pd.DataFrame)
+
+
+def test_residuals_keep_their_digits_where_the_fit_is_close():
+    """Residuals of 1e-7 of the outcome: its square would be 1e-14 of the tensor's entries."""
+    rng = np.random.default_rng(5)
+    X = np.column_stack([np.ones(300), rng.standard_normal((300, 2))])
+    residual = 1e-7 * rng.standard_normal(300)
+    moments = hi.LinearMoments.from_arrays(X @ [3.0, 2.0, -1.0] + residual, X)
+    m = X * residual[:, None]
+    ours = moments.covariance_at(np.array([3.0, 2.0, -1.0]))
+    np.testing.assert_allclose(ours, m.T @ m / 300, rtol=1e-6, atol=1e-6 * (m**2).mean())
+
+
+def test_outcome_that_is_constant_in_the_first_block():
+    """Data sorted by a binary outcome: the constant to centre on must not be the outcome."""
+    rng = np.random.default_rng(6)
+    x = rng.standard_normal(800)
+    frame = pd.DataFrame({"y": (x + rng.standard_normal(800) > 0).astype(float), "x": x})
+    frame = frame.sort_values("y", ascending=False)
+    batches = pa.Table.from_pandas(frame, preserve_index=False).to_batches(max_chunksize=100)
+    for formula in ("y ~ 1 + x", "y ~ 0 + x"):
+        stream = hi.QuasiPosterior(hi.LinearMoments.from_formula(formula, iter(batches)))
+        whole = hi.QuasiPosterior(hi.LinearMoments.from_formula(formula, frame))
+        np.testing.assert_allclose(stream.whitened.centre, whole.whitened.centre, rtol=1e-10)

@@ -120,9 +120,9 @@ def test_auto_says_what_it_chose_and_why(posterior):
 
 
 def test_auto_leaves_independence_where_it_would_get_stuck():
-    y, X, Z = iv_design(200, 20, 20, seed=1)
-    posterior = hi.QuasiPosterior(hi.LinearMoments.from_arrays(y, X, Z), hi.Normal(1, 4.0))
-    result = hi.sample(posterior, draws=500, chains=2, seed=1)
+    y, X, Z = iv_design(200, 30, 30, seed=1)
+    posterior = hi.QuasiPosterior(hi.LinearMoments.from_arrays(y, X, Z), hi.Normal(1, 1.0))
+    result = hi.sample(posterior, draws=300, chains=2, seed=1)
     assert result.attrs["method"] in ("preconditioned", "da")
     assert result["checks"]["acceptance"].values.min() > 0.05
 

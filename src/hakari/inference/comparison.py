@@ -81,9 +81,18 @@ def linearmodels_estimates(
             cov_type=kind, **options
         ),
     }
-    if moments.n * moments.L * moments.K > MOST_WORK:
+    if _work(moments) > MOST_WORK:
         del models["CUE"]
     return [_fitted(label, fit, moments) for label, fit in models.items()]
+
+
+def _work(moments: LinearMoments) -> float:
+    """Multiply-adds of one of linearmodels' criteria, which CUE asks for again and again."""
+    spec, lags = moments.covariance, 1.0
+    if spec.kind == "hac":
+        whole = spec.kernel == "quadratic-spectral"
+        lags = moments.n if whole else 1 + (spec.bandwidth or 0)
+    return moments.n * moments.L * moments.K * lags
 
 
 def disagreement(estimates: list[PointEstimate]) -> float:
@@ -136,7 +145,7 @@ def _hansen(label: str, found: Any, df: int) -> Statistic:
 def _tables(
     formula: str, data: Any, spec: Covariance, weights: str | None, missing: Missing
 ) -> tuple[dict[str, Any], ndarray | None]:
-    """linearmodels' arguments: frames of y, exogenous, endogenous and instruments."""
+    """Arguments of linearmodels: frames of y, exogenous, endogenous and instruments."""
     read = read_blocks(parse_formula(formula), data, weights, spec.column, missing)
     whole = list(read)
     columns, blocks = whole[0][0], [block for _, block in whole]
@@ -153,15 +162,15 @@ def _tables(
     }
     table["dependent"] = pd.Series(np.concatenate([b.y for b in blocks]), name="dependent")
     if weights is not None:
-        table["weights"] = np.concatenate([b.weights for b in blocks])  # type: ignore[misc]
+        table["weights"] = np.concatenate([b.weights for b in blocks])
     if spec.kind != "cluster":
         return table, None
-    labels = np.concatenate([b.clusters for b in blocks])  # type: ignore[misc]
+    labels = np.concatenate([b.clusters for b in blocks])
     return table, np.unique(labels, return_inverse=True)[1]
 
 
 def _options(spec: Covariance, clusters: ndarray | None) -> tuple[str, dict[str, Any]]:
-    """linearmodels' names for a covariance."""
+    """What linearmodels calls a covariance."""
     if spec.kind == "cluster":
         return "clustered", {"clusters": clusters}
     if spec.kind == "hac":

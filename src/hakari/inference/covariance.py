@@ -94,7 +94,7 @@ def _read_bandwidth(text: str, whole: str) -> float | None:
     return bandwidth
 
 
-def kernel_weights(kernel: Kernel, bandwidth: float, lags: int) -> Float[ndarray, "lags1"]:
+def kernel_weights(kernel: Kernel, bandwidth: float, lags: int) -> Float[ndarray, " lags1"]:
     """Weights of lags 0..`lags`; Newey-West (1987), Gallant (1987), Andrews (1991)."""
     lag = np.arange(lags + 1)
     if kernel == "quadratic-spectral":
@@ -162,13 +162,13 @@ def products(p: Float[ndarray, "*batch P"]) -> Float[ndarray, "*batch packed"]:
 def fold(cross: Float[ndarray, "L P L P"]) -> Float[ndarray, "packedL packedP"]:
     """Packed tensor of Ω(p)_lm = Σ_jk p_j p_k (cross[l,j,m,k] + cross[m,j,l,k]) / 2."""
     L, P = cross.shape[:2]
-    rows, columns = np.tril_indices(P)
-    off = np.where(rows == columns, 0.5, 1.0)
+    left, right = np.tril_indices(P)
+    off = np.where(left == right, 0.5, 1.0)
     out = np.empty((packed_size(L), packed_size(P)))
-    for l in range(L):
-        block = 0.5 * (cross[l].transpose(1, 0, 2) + cross[:, :, l])[: l + 1]
-        start = packed_size(l)
-        out[start : start + l + 1] = off * (block[:, rows, columns] + block[:, columns, rows])
+    for row in range(L):
+        block = 0.5 * (cross[row].transpose(1, 0, 2) + cross[:, :, row])[: row + 1]
+        start = packed_size(row)
+        out[start : start + row + 1] = off * (block[:, left, right] + block[:, right, left])
     return out
 
 
@@ -217,9 +217,9 @@ class RobustSums:
 class ClusterSums:
     """Σ of C_i within each cluster; clusters that span two shards are joined by label."""
 
-    labels: Shaped[ndarray, "G"]
+    labels: Shaped[ndarray, " G"]
     sums: Float[ndarray, "G L P"]
-    counts: Float[ndarray, "G"]
+    counts: Float[ndarray, " G"]
 
     def __add__(self, other: ClusterSums) -> ClusterSums:
         labels, where = np.unique(np.concatenate([self.labels, other.labels]), return_inverse=True)
@@ -310,7 +310,7 @@ def robust_sums_general(C: Float[ndarray, "n L P"]) -> RobustSums:
     return RobustSums(fold(_cross(C, C)))
 
 
-def cluster_sums(C: Float[ndarray, "n L P"], labels: Shaped[ndarray, "n"]) -> ClusterSums:
+def cluster_sums(C: Float[ndarray, "n L P"], labels: Shaped[ndarray, " n"]) -> ClusterSums:
     """Sums within clusters."""
     names, where = np.unique(labels, return_inverse=True)
     order = np.argsort(where, kind="stable")

@@ -57,7 +57,7 @@ def multivariate_ess(
     precision: float = 0.05,
     level: float = 0.95,
 ) -> MultivariateESS:
-    """mESS = N (|Λ| / |Σ|)^(1/K), Λ the sample covariance, Σ by batch means of size ⌊√draws⌋.
+    """MESS = N (|Λ| / |Σ|)^(1/K), Λ the sample covariance, Σ by batch means of size ⌊√draws⌋.
 
     `needed` is the least mESS for which the volume of the means' `level` confidence region,
     to the power 1/K, is `precision` of the posterior's (Vats, Flegal and Jones, 2019, eq. 9).
@@ -92,7 +92,7 @@ def multivariate_ess(
 
 
 def minimum_ess(K: int, precision: float = 0.05, level: float = 0.95) -> float:
-    """Least multivariate ESS for K means: 2^(2/K) π / (K Γ(K/2))^(2/K) · χ²_K(level) / precision²."""
+    """Least mESS for K means: 2^(2/K) π / (K Γ(K/2))^(2/K) · χ²_K(level) / precision²."""
     constant = exp((2 / K) * (log(2 / K) - lgamma(K / 2)))
     return float(constant * pi * chi2.ppf(level, K) / precision**2)
 
@@ -106,7 +106,7 @@ def pareto_k(log_weight: ndarray) -> float:
 
 
 def summary(result: xr.DataTree, level: float = 0.9) -> pd.DataFrame:
-    """Mean, sd, median, equal-tailed interval, and ArviZ's ESS, MCSE and R-hat, a row a coefficient.
+    """Mean, sd, median, equal-tailed interval; ArviZ's ESS, MCSE and R-hat; a row a coefficient.
 
     ESS, MCSE and R-hat are NaN when a chain is stuck; `attrs["notes"]` says why.
     """
@@ -124,7 +124,7 @@ def summary(result: xr.DataTree, level: float = 0.9) -> pd.DataFrame:
     notes = stuck_chains(theta)
     table |= _arviz(theta) if not notes else dict.fromkeys(_ARVIZ, np.nan)
     frame = pd.DataFrame(table, index=pd.Index(names, name="coefficient"))
-    if "interrupted" in result.attrs and result.attrs["interrupted"]:
+    if result.attrs.get("interrupted"):
         notes.append("sampling was interrupted: these are the draws until then")
     frame.attrs["notes"] = notes
     return frame

@@ -47,7 +47,7 @@ class Formula:
 
 @dataclass(frozen=True)
 class Block:
-    """Rows of a design; y (n,), X (n, K), Z (n, L), weights (n,) and cluster labels (n,) or None."""
+    """Rows of a design: y (n,), X (n, K), Z (n, L), weights (n,) and clusters (n,) or None."""
 
     y: ndarray
     X: ndarray
@@ -296,6 +296,6 @@ def _refuse_infinite(columns: Columns, block: Block, first_row: int) -> None:
         if bad.any():
             row, column = np.argwhere(bad)[0]
             raise ValueError(
-                f"{names[column]} is {matrix[row, column]} in {int(bad[:, column].sum())} rows near "
-                f"row {first_row + int(row)}: values must be finite"
+                f"{names[column]} is {matrix[row, column]} in {int(bad[:, column].sum())} rows "
+                f"near row {first_row + int(row)}: values must be finite"
             )

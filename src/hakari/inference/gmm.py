@@ -23,10 +23,10 @@ from scipy.stats import chi2
 from hakari.inference.moments import LinearMoments
 from hakari.inference.posterior import (
     QuasiPosterior,
-    _first_step,
-    _head,
-    _omega,
-    _solve,
+    covariance_of,
+    first_step,
+    head,
+    solve,
     value_and_gradient,
 )
 from hakari.inference.prior import Flat
@@ -116,7 +116,7 @@ def estimate(moments: LinearMoments, method: Method = "two-step") -> Estimate:
     moments.check()
     routes = {"two-step": _two_step, "iterated": _iterated, "cue": _continuous}
     fit = routes[method](moments)
-    p = np.concatenate([[_head(moments)], fit.q])
+    p = np.concatenate([[head(moments)], fit.q])
     back = -moments.scale.right[1:]
     return Estimate(
         method,
@@ -133,8 +133,7 @@ def estimate(moments: LinearMoments, method: Method = "two-step") -> Estimate:
 
 
 def _two_step(moments: LinearMoments) -> _Fit:
-    weighting = _omega(moments, _first_step(moments))
-    _refuse_singular(weighting)
+    weighting = covariance_of(moments, first_step(moments))
     return _Fit(_weighted(moments, weighting), weighting)
 
 
@@ -142,7 +141,7 @@ def _iterated(moments: LinearMoments) -> _Fit:
     q, weighting = _two_step(moments)[:2]
     step = inf
     for _ in range(ROUNDS):
-        weighting = _omega(moments, q)
+        weighting = covariance_of(moments, q)
         new = _weighted(moments, weighting)
         step = np.sqrt(moments.n) * np.linalg.norm(_slope(moments, weighting) @ (new - q))
         q = new
@@ -156,7 +155,7 @@ def _continuous(moments: LinearMoments) -> _Fit:
     """BFGS, then Newton; the criterion is −2 log of the posterior without determinant."""
     white = QuasiPosterior(moments, Flat(), determinant=False).whitened
     two_step, right = _two_step(moments).q, moments.scale.right[1:]
-    start = white.u(-right @ np.concatenate([[_head(moments)], two_step]))
+    start = white.u(-right @ np.concatenate([[head(moments)], two_step]))
 
     def descent(u: ndarray) -> tuple[float, ndarray]:
         value, slope = value_and_gradient(white.target, np.ascontiguousarray(u))
@@ -164,10 +163,10 @@ def _continuous(moments: LinearMoments) -> _Fit:
 
     rough = minimize(descent, start, jac=True, method="BFGS", options={"gtol": 1e-6}).x
     u, step = _newton(lambda point: descent(point)[1], rough)
-    q = np.linalg.solve(-right[:, 1:], white.theta(u) + right[:, 0] * _head(moments))
+    q = np.linalg.solve(-right[:, 1:], white.theta(u) + right[:, 0] * head(moments))
     distance = float(np.abs(u - start).max())
     converged = bool(step <= 1e3 * STANDS)
-    return _Fit(q, _omega(moments, q), converged, _journey(converged, distance))
+    return _Fit(q, covariance_of(moments, q), converged, _journey(converged, distance))
 
 
 def _journey(converged: bool, distance: float) -> str | None:
@@ -208,18 +207,6 @@ def _newton(gradient: Callable[[ndarray], ndarray], u: ndarray) -> tuple[ndarray
     return u, length
 
 
-def _refuse_singular(omega: Float[ndarray, "L L"]) -> None:
-    """Rounding lets a matrix without full rank, such as of too few clusters, have a factor."""
-    size = np.sqrt(np.diag(omega))
-    spectrum = np.linalg.eigvalsh(omega / np.multiply.outer(size, size))
-    if spectrum[0] <= 1e-13 * len(omega):
-        raise ValueError(
-            f"Ω is singular at the estimate: rank {int((spectrum > 1e-13 * len(omega)).sum())} for "
-            f"{len(omega)} moments; drop duplicate instruments, or use a covariance with more "
-            "independent rows or clusters"
-        )
-
-
 # --- what comes with an estimate ----------------------------------------------------------
 
 
@@ -228,7 +215,7 @@ def _hansen(moments: LinearMoments, fit: _Fit) -> Statistic:
     if df == 0:
         note = f"as many moments as parameters ({moments.L}): no restriction to test"
         return Statistic.unavailable(note, 0)
-    m = moments.mean_C @ np.concatenate([[_head(moments)], fit.q])
+    m = moments.mean_C @ np.concatenate([[head(moments)], fit.q])
     root = np.linalg.cholesky(fit.weighting)
     value = float(moments.n * (solve_triangular(root, m, lower=True) ** 2).sum())
     return Statistic(value, df, float(chi2.sf(value, df)))
@@ -237,7 +224,7 @@ def _hansen(moments: LinearMoments, fit: _Fit) -> Statistic:
 def _sandwich(moments: LinearMoments, fit: _Fit) -> Float[ndarray, "K K"]:
     root = np.linalg.cholesky(fit.weighting)
     bread = solve_triangular(root.T, np.linalg.pinv(_slope(moments, fit.weighting)).T).T
-    covariance = bread @ _omega(moments, fit.q) @ bread.T / moments.n
+    covariance = bread @ covariance_of(moments, fit.q) @ bread.T / moments.n
     symmetric: ndarray = (covariance + covariance.T) / 2
     return symmetric
 
@@ -250,5 +237,5 @@ def _slope(moments: LinearMoments, weighting: Float[ndarray, "L L"]) -> Float[nd
 
 
 def _weighted(moments: LinearMoments, weighting: Float[ndarray, "L L"]) -> Float[ndarray, " K"]:
-    q: ndarray = _solve(moments, weighting, np.empty((0, moments.K)), np.empty(0))
+    q: ndarray = solve(moments, weighting, np.empty((0, moments.K)), np.empty(0))
     return q

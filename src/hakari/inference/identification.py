@@ -31,7 +31,7 @@ class Tail:
 
     barrier: float
     decay: float
-    direction: Float[ndarray, "K"]
+    direction: Float[ndarray, " K"]
     coefficient: str
 
     @property
@@ -61,7 +61,7 @@ def tail(posterior: QuasiPosterior) -> Tail:
             ray = white.factor @ d
             share = np.abs(ray) / np.sqrt((white.factor**2).sum(axis=1))
             worst = Tail(found[0], -found[1], ray, names[_named(share, names, endogenous)])
-    assert worst is not None  # noqa: S101 - there is at least one direction
+    assert worst is not None
     return worst
 
 
@@ -73,25 +73,25 @@ def refuse_improper(posterior: QuasiPosterior) -> Tail:
     name = worst.coefficient
     form = "continuously updated" + ("" if posterior.determinant else ", without the determinant")
     raise ValueError(
-        f"the quasi-posterior ({form}) is improper under this prior: along {name} its mass falls by "
-        f"only {max(worst.barrier, 0.0):.1f} log units (at least {BARRIER:g} are needed) before it "
-        f"stops falling. The data identify {name} weakly, or there are too few rows. Give a proper "
-        f"prior, such as Normal(0, 1, names=[{name!r}]) (--prior '{name}=normal(0, 1)'), or use "
-        "weighting='two-step'"
+        f"the quasi-posterior ({form}) is improper under this prior: along {name} its mass falls "
+        f"by only {max(worst.barrier, 0.0):.1f} log units (at least {BARRIER:g} are needed) before "
+        f"it stops falling. The data identify {name} weakly, or there are too few rows. Give a "
+        f"proper prior, such as Normal(0, 1, names=[{name!r}]) (--prior '{name}=normal(0, 1)'), or "
+        "use weighting='two-step'"
     )
 
 
-def _named(share: Float[ndarray, "K"], names: tuple[str, ...], endogenous: tuple[str, ...]) -> int:
+def _named(share: Float[ndarray, " K"], names: tuple[str, ...], endogenous: tuple[str, ...]) -> int:
     """The coefficient to name: an endogenous one if it takes part, since others follow it."""
     weak = [k for k, name in enumerate(names) if name in endogenous and share[k] > share.max() / 3]
     return max(weak, key=lambda k: share[k]) if weak else int(share.argmax())
 
 
-def _read(mass: Float[ndarray, "S"], inside: float) -> tuple[float, float]:
+def _read(mass: Float[ndarray, " S"], inside: float) -> tuple[float, float]:
     """(barrier, −decay) of log shell masses on log-spaced radii; the mode's shell is `inside`."""
     span = np.log(_RADII[-1] / _RADII[-5])
     decay = float((mass[-1] - mass[-5]) / span) if np.isfinite(mass[-1]) else -np.inf
-    near = int(mass[_RADII < inside].argmax())
+    near = int(mass[inside > _RADII].argmax())
     peak = mass[near]
     if near == 0 or not np.isfinite(peak):
         return 0.0, -decay
@@ -100,7 +100,7 @@ def _read(mass: Float[ndarray, "S"], inside: float) -> tuple[float, float]:
     return float(peak - mass[near:].min()), -decay
 
 
-def _directions(factor: Float[ndarray, "K K"]) -> list[Float[ndarray, "K"]]:
+def _directions(factor: Float[ndarray, "K K"]) -> list[Float[ndarray, " K"]]:
     """Unit rays of u, both ways, along which each coefficient moves and the others follow."""
     own = factor / np.sqrt((factor**2).sum(axis=1))[:, None]
     return [sign * d for d in own for sign in (1.0, -1.0)]

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pandas as pd
 import xarray as xr
+from threadpoolctl import threadpool_limits
 
 from hakari.inference.comparison import PointEstimate, linearmodels_estimates, point_estimates
 from hakari.inference.diagnostics import (
@@ -25,12 +26,12 @@ from hakari.inference.moments import LinearMoments
 from hakari.inference.posterior import QuasiPosterior, Weighting
 from hakari.inference.prior_text import parse_prior
 from hakari.inference.sampling import METHODS, Method, sample
-from hakari.inference.sensitivity import ScaledPrior, prior_sensitivity
+from hakari.inference.sensitivity import INTERRUPTED, ScaledPrior, prior_sensitivity
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of which data, as typed; `data` may also be a frame in memory."""
+    """What is asked of which data, as typed; `data` may also be a frame in memory, with a name."""
 
     formula: str
     data: Any
@@ -46,6 +47,7 @@ class Question:
     chains: int = 4
     seed: int = 1
     level: float = 0.9
+    data_name: str = ""
 
     def __post_init__(self) -> None:
         if not 0 < self.level < 1:
@@ -84,8 +86,9 @@ class Analysis:
 
     @property
     def interrupted(self) -> bool:
-        """Whether sampling was stopped by hand."""
-        return bool(self.result.attrs["interrupted"])
+        """Whether sampling, or the sensitivity after it, was stopped by hand."""
+        cut = any(one.refused == INTERRUPTED for one in self.sensitivity)
+        return bool(self.result.attrs["interrupted"]) or cut
 
 
 def analyse(
@@ -103,6 +106,11 @@ def analyse(
     >>> analyse(Question("y ~ 1 + [x ~ z]", table, draws=200)).summary.loc["x", "mean"].round()
     2.0
     """
+    with threadpool_limits(1, user_api="blas"):  # small matrices: BLAS threads only wait
+        return _analyse(question, progress, resume)
+
+
+def _analyse(question: Question, progress: bool, resume: xr.DataTree | None) -> Analysis:
     missing = cast(Missing, question.missing)
     moments = LinearMoments.from_formula(
         question.formula,

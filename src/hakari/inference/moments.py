@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
+from numpy.typing import ArrayLike
 from scipy.linalg import solve_triangular
 
 from hakari.inference.covariance import (
@@ -71,7 +72,7 @@ class Grams:
 
     instruments: Float[ndarray, "L L"]  # Σ z z'
     regression: Float[ndarray, "P P"]  # Σ w w', w = (y, x)
-    regression_sum: Float[ndarray, "P"]  # Σ w
+    regression_sum: Float[ndarray, " P"]  # Σ w
 
     def __add__(self, other: Grams) -> Grams:
         return Grams(
@@ -134,7 +135,7 @@ class LinearMoments:
         parsed = parse_formula(formula)
         if spec.kind == "hac" and spec.bandwidth is None:
             blocks = list(read_blocks(parsed, data, weights, None, missing))
-            design = _stack([block for _, block in blocks])
+            design = stack_blocks([block for _, block in blocks])
             return cls._from_blocks([(blocks[0][0], design)], spec)
         if spec.kind == "cluster" and spec.column is None:
             raise ValueError("covariance 'cluster' without a column: write 'cluster:COLUMN'")
@@ -143,19 +144,20 @@ class LinearMoments:
     @classmethod
     def from_arrays(
         cls,
-        y: Float[ndarray, "n"],
-        X: Float[ndarray, "n K"],
-        Z: Float[ndarray, "n L"] | None = None,
+        y: ArrayLike,
+        X: ArrayLike,
+        Z: ArrayLike | None = None,
         *,
         names: Sequence[str] | None = None,
         instrument_names: Sequence[str] | None = None,
         covariance: str | Covariance = "robust",
         centred: bool = False,
-        weights: Float[ndarray, "n"] | None = None,
+        weights: ArrayLike | None = None,
         clusters: Sequence[Any] | ndarray | None = None,
     ) -> LinearMoments:
         """Moments z_i (y_i − x_i'θ); without Z, of the regression itself, Z = X.
 
+        y (n,), X (n, K), Z (n, L), weights (n,) and clusters (n,), one row an observation.
         names: of the K parameters; instrument_names: of the L instruments. An instrument
         that bears a regressor's name is that regressor (exogenous).
         Raises as `from_formula`.
@@ -164,6 +166,7 @@ class LinearMoments:
         y, X = np.asarray(y, dtype=float), np.asarray(X, dtype=float)
         Z = X if Z is None else np.asarray(Z, dtype=float)
         X, Z = (a[:, None] if a.ndim == 1 else a for a in (X, Z))
+        weights = None if weights is None else np.asarray(weights, dtype=float)
         for label, a in (("X", X), ("Z", Z), ("weights", weights), ("clusters", clusters)):
             if a is not None and len(a) != len(y):
                 raise ValueError(f"{label} has {len(a)} rows, y has {len(y)}")
@@ -174,7 +177,7 @@ class LinearMoments:
             y,
             X,
             Z,
-            None if weights is None else np.asarray(weights, dtype=float),
+            weights,
             None if clusters is None else np.asarray(clusters),
         )
         _require_finite(columns, block)
@@ -183,8 +186,8 @@ class LinearMoments:
     @classmethod
     def from_moments(
         cls,
-        G: Float[ndarray, "n L K"],
-        g: Float[ndarray, "n L"],
+        G: ArrayLike,
+        g: ArrayLike,
         *,
         names: Sequence[str] | None = None,
         moment_names: Sequence[str] | None = None,
@@ -192,7 +195,7 @@ class LinearMoments:
         centred: bool = False,
         clusters: Sequence[Any] | ndarray | None = None,
     ) -> LinearMoments:
-        """Any linear moments m_i(θ) = g_i − G_i θ, one row an observation.
+        """Any linear moments m_i(θ) = g_i − G_i θ, one row an observation: G (n, L, K), g (n, L).
 
         Raises ValueError for `iid` (general moments have no homoskedastic form), wrong
         shapes, values that are not finite, or L < K.
@@ -208,7 +211,7 @@ class LinearMoments:
         _, L, K = G.shape
         label = Names(
             tuple(names or (f"theta{k}" for k in range(K))),
-            tuple(moment_names or (f"moment{l}" for l in range(L))),
+            tuple(moment_names or (f"moment{m}" for m in range(L))),
         )
         _check_counts(label, L, K)
         C = np.concatenate([g[:, :, None], G], axis=2)
@@ -431,7 +434,7 @@ def _prefer_rows(n: int, L: int, P: int) -> bool:
     return n * L * L < packed_size(L) * packed_size(P)
 
 
-def _two_stage(total: ndarray, gram: ndarray) -> Float[ndarray, "P"]:
+def _two_stage(total: ndarray, gram: ndarray) -> Float[ndarray, " P"]:
     """(1, −θ) of two-stage least squares, as a direction in working columns."""
     root = np.linalg.cholesky(gram)
     moved = solve_triangular(root, total, lower=True)
@@ -440,17 +443,28 @@ def _two_stage(total: ndarray, gram: ndarray) -> Float[ndarray, "P"]:
 
 
 def _first_scale(block: Block) -> Scale:
-    """Centre on a constant column where there is one, and scale to unit size."""
-    left = _scaling(block.Z)
-    right = _scaling(np.column_stack([block.y, block.X])).T
-    return Scale(left, right)
+    """Centre on a constant column where there is one, scale, and take the outcome's fit away.
+
+    The covariance is a difference of outcome and fit: with an R² near one the tensor of the
+    outcome itself would lose the residual's digits, so its column holds a first residual.
+    """
+    W = np.column_stack([block.y, block.X])
+    right = _scaling(W, regressors=1).T
+    scaled = W @ right
+    fit = np.linalg.lstsq(scaled[:, 1:], scaled[:, 0], rcond=1e-10)[0]
+    right[:, 0] -= right[:, 1:] @ fit
+    right[:, 0] /= max(float((W @ right[:, 0]).std()), 1e-8)
+    return Scale(_scaling(block.Z), right)
 
 
-def _scaling(columns: Float[ndarray, "n S"]) -> Float[ndarray, "S S"]:
-    """M with M @ row = the row centred and scaled, by a constant column if there is one."""
+def _scaling(columns: Float[ndarray, "n S"], regressors: int = 0) -> Float[ndarray, "S S"]:
+    """M with M @ row = the row centred and scaled, by a constant column if there is one.
+
+    Only columns from `regressors` on can serve as the constant: the outcome cannot.
+    """
     mean, spread = columns.mean(axis=0), columns.std(axis=0)
     flat = spread <= 1e-12 * np.abs(mean)
-    constants = np.flatnonzero(flat & (mean != 0))
+    constants = np.flatnonzero(flat & (mean != 0) & (np.arange(len(mean)) >= regressors))
     size = _or_one(np.sqrt((columns**2).mean(axis=0)))
     if not len(constants):
         return np.diag(1 / size)
@@ -482,7 +496,8 @@ def _checked_weights(weights: ndarray) -> ndarray:
 def _check_counts(names: Names, L: int, K: int) -> None:
     if len(names.parameters) != K or len(names.moments) != L:
         raise ValueError(
-            f"{len(names.parameters)} names for {K} parameters and {len(names.moments)} for {L} moments"
+            f"{len(names.parameters)} names for {K} parameters and {len(names.moments)} for {L} "
+            "moments"
         )
     for label in (names.parameters, names.moments):
         twice = {name for name in label if label.count(name) > 1}
@@ -490,8 +505,8 @@ def _check_counts(names: Names, L: int, K: int) -> None:
             raise ValueError(f"name {sorted(twice)[0]!r} appears twice: {', '.join(label)}")
     if L < K:
         raise ValueError(
-            f"{L} instruments for {K} parameters: add {K - L} instrument{'s' * (K - L > 1)} or drop a "
-            f"regressor (instruments: {', '.join(names.moments)}; "
+            f"{L} instruments for {K} parameters: add {K - L} instrument{'s' * (K - L > 1)} or "
+            f"drop a regressor (instruments: {', '.join(names.moments)}; "
             f"regressors: {', '.join(names.parameters)})"
         )
 
@@ -505,7 +520,7 @@ def _refuse_collinear(gram: ndarray, names: Sequence[str], what: str) -> None:
     if values[0] <= 1e-11 * len(names):
         raise ValueError(
             f"collinear {what}: {_involved(vectors[:, 0], names)} are linearly dependent "
-            f"(condition number {np.sqrt(values[-1] / max(values[0], 1e-300)):.1e}); drop one of them"
+            f"(condition number {np.sqrt(values[-1] / max(values[0], 1e-300)):.1e}); drop one"
         )
 
 
@@ -525,8 +540,8 @@ def _require_finite(columns: Columns, block: Block) -> None:
         if bad.any():
             row, column = np.argwhere(bad)[0]
             raise ValueError(
-                f"{names[column]} is {matrix[row, column]} in row {row} and {int(bad.sum()) - 1} more "
-                "values are not finite: drop or fill those rows first"
+                f"{names[column]} is {matrix[row, column]} in row {row}, and {int(bad.sum()) - 1} "
+                "more values are not finite: drop or fill those rows first"
             )
 
 
@@ -538,9 +553,9 @@ def _array_columns(
         raise ValueError(f"{len(regressors)} names for {X.shape[1]} columns of X")
     if instruments is None:
         instruments = []
-        for l in range(Z.shape[1]):
-            same = [k for k in range(X.shape[1]) if np.array_equal(Z[:, l], X[:, k])]
-            instruments.append(regressors[same[0]] if same else f"z{l}")
+        for index in range(Z.shape[1]):
+            same = [k for k in range(X.shape[1]) if np.array_equal(Z[:, index], X[:, k])]
+            instruments.append(regressors[same[0]] if same else f"z{index}")
     endogenous = [name for name in regressors if name not in instruments]
     return Columns("y", regressors, list(instruments), endogenous)
 
@@ -554,12 +569,13 @@ def _names(columns: Columns) -> Names:
     )
 
 
-def _stack(blocks: list[Block]) -> Block:
-    weights = None if blocks[0].weights is None else np.concatenate([b.weights for b in blocks])  # type: ignore[misc]
+def stack_blocks(blocks: list[Block]) -> Block:
+    """One block of all rows, without cluster labels."""
+    weights = [b.weights for b in blocks if b.weights is not None]
     return Block(
         np.concatenate([b.y for b in blocks]),
         np.vstack([b.X for b in blocks]),
         np.vstack([b.Z for b in blocks]),
-        weights,
+        np.concatenate(weights) if weights else None,
         None,
     )

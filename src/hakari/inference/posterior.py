@@ -30,7 +30,7 @@ class Whitened:
     """The posterior in coordinates θ = centre + factor u in which it is about N(0, I)."""
 
     target: Target
-    centre: Float[ndarray, "K"]
+    centre: Float[ndarray, " K"]
     factor: Float[ndarray, "K K"]
     constant: float  # log density of θ = that of u + constant
 
@@ -39,7 +39,7 @@ class Whitened:
         return self.centre + u @ self.factor.T
 
     def u(self, theta: Float[ndarray, "*batch K"]) -> Float[ndarray, "*batch K"]:
-        """u of θ."""
+        """U of θ."""
         return np.linalg.solve(self.factor, (theta - self.centre)[..., None])[..., 0]
 
 
@@ -59,7 +59,7 @@ class QuasiPosterior:
     """
 
     moments: LinearMoments
-    prior: Prior | Sequence[Prior] = Flat()
+    prior: Prior | Sequence[Prior] = Flat()  # noqa: RUF009 - frozen
     weighting: Weighting = "continuous"
     determinant: bool = True
 
@@ -79,7 +79,7 @@ class QuasiPosterior:
         return prior_log_density(self.blocks, np.asarray(theta, dtype=float))
 
     def log_density(self, theta: Float[ndarray, "*batch K"]) -> Float[ndarray, "*batch"]:
-        """log π(θ) of θ (..., K), up to the data's constant; −inf where Ω(θ) is singular."""
+        """Log π(θ) of θ (..., K), up to the data's constant; −inf where Ω(θ) is singular."""
         theta = np.asarray(theta, dtype=float)
         if theta.shape[-1:] != (self.moments.K,):
             raise ValueError(
@@ -91,9 +91,9 @@ class QuasiPosterior:
         return density.reshape(theta.shape[:-1])
 
     def log_density_and_gradient(
-        self, theta: Float[ndarray, "K"]
-    ) -> tuple[float, Float[ndarray, "K"]]:
-        """log π and its gradient at one θ (K,), for samplers that want gradients."""
+        self, theta: Float[ndarray, " K"]
+    ) -> tuple[float, Float[ndarray, " K"]]:
+        """Log π and its gradient at one θ (K,), for samplers that want gradients."""
         white = self.whitened
         value, slope = value_and_gradient(white.target, white.u(np.asarray(theta, dtype=float)))
         return value + white.constant, np.linalg.solve(white.factor.T, slope)
@@ -102,16 +102,16 @@ class QuasiPosterior:
     def whitened(self) -> Whitened:
         """Coordinates around the estimate that the prior and the frozen weighting imply."""
         moments = self.moments
-        first, scale = _first_step(moments), moments.scale
+        first, scale = first_step(moments), moments.scale
         bend, tilt = self._prior_form()
-        q, omega = first, _omega(moments, first)
+        q, omega = first, covariance_of(moments, first)
         if self.weighting == "continuous":
             q, omega = _iterated(moments, q, bend, tilt)
         root = np.linalg.cholesky(omega)
         C = solve_triangular(root, moments.mean_C, lower=True)
         spread = _factor_of_inverse(moments.n * C[:, 1:].T @ C[:, 1:] + bend.T @ bend)
-        q = _solve(moments, omega, bend, tilt)
-        p = np.concatenate([[_head(moments)], q])
+        q = solve(moments, omega, bend, tilt)
+        p = np.concatenate([[head(moments)], q])
         Q = np.zeros((moments.K + 1, moments.K + 1))  # p̃ = Q (1, u)
         Q[:, 0], Q[1:, 1:] = p, spread
         turn = _turn_to_lower(C[:, 1:] @ spread)
@@ -146,63 +146,68 @@ class QuasiPosterior:
             constant -= float(np.log(np.diag(root)).sum() - np.linalg.slogdet(scale.left)[1])
         return Whitened(target, -scale.right[1:] @ p, -scale.right[1:, 1:] @ spread, constant)
 
-    def _prior_form(self) -> tuple[Float[ndarray, "D K"], Float[ndarray, "D"]]:
+    def _prior_form(self) -> tuple[Float[ndarray, "D K"], Float[ndarray, " D"]]:
         """(B, b): the Gaussian of the prior's scale is exp(−½|B q + b|²) in working columns."""
         right = self.moments.scale.right
         if not self.blocks:
             return np.empty((0, self.moments.K)), np.empty(0)
         root = np.vstack([block.root for block in self.blocks])
         centre = np.concatenate([block.centre for block in self.blocks])
-        return -root @ right[1:, 1:], -root @ right[1:, 0] * _head(self.moments) - centre
+        return -root @ right[1:, 1:], -root @ right[1:, 0] * head(self.moments) - centre
 
 
 # --- generalised method of moments in working columns: p̃ = (head, q) ---------------------
 
 
-def _head(moments: LinearMoments) -> float:
+def head(moments: LinearMoments) -> float:
+    """The first entry of p̃, the same for every θ."""
     return float(1 / moments.scale.right[0, 0])
 
 
-def _omega(moments: LinearMoments, q: Float[ndarray, "K"]) -> Float[ndarray, "L L"]:
-    p = np.concatenate([[_head(moments)], q])
+def covariance_of(moments: LinearMoments, q: Float[ndarray, " K"]) -> Float[ndarray, "L L"]:
+    """Ω in working columns; raises ValueError, saying why, where it is singular."""
+    p = np.concatenate([[head(moments)], q])
     omega = unpack(moments.tensor @ products(p), moments.L)
-    try:
-        np.linalg.cholesky(omega)
-    except np.linalg.LinAlgError:
+    at_zero = unpack(moments.tensor @ products(moments.working(np.zeros(moments.K))), moments.L)
+    size = np.sqrt(np.diag(omega))
+    if not (size > 1e-10 * np.sqrt(np.diag(at_zero))).all():
+        raise ValueError("Ω is singular at the estimate: a perfect fit leaves nothing to weigh")
+    spectrum = np.linalg.eigvalsh(omega / np.multiply.outer(size, size))
+    rank = int((spectrum > 1e-13 * moments.L).sum())
+    if rank < moments.L:
         raise ValueError(
-            f"Ω is singular at the estimate (condition number {np.linalg.cond(omega):.1e}): duplicate "
-            f"instruments, a perfect fit, or fewer independent rows or clusters than the "
-            f"{moments.L} moments"
-        ) from None
+            f"Ω is singular at the estimate: rank {rank} for {moments.L} moments; drop duplicate "
+            "instruments, or use a covariance with more independent rows or clusters"
+        )
     return omega
 
 
-def _first_step(moments: LinearMoments) -> Float[ndarray, "K"]:
+def first_step(moments: LinearMoments) -> Float[ndarray, " K"]:
     """Two-stage least squares, or equally weighted for general moments."""
     weight = np.eye(moments.L) if moments.grams is None else moments.grams.instruments / moments.n
-    return _solve(moments, weight, np.empty((0, moments.K)), np.empty(0))
+    return solve(moments, weight, np.empty((0, moments.K)), np.empty(0))
 
 
 def _iterated(
     moments: LinearMoments, q: ndarray, bend: ndarray, tilt: ndarray
 ) -> tuple[ndarray, ndarray]:
     """Estimate and weighting in turn until both stand (or 30 times: they need not)."""
-    omega = _omega(moments, q)
+    omega = covariance_of(moments, q)
     for _ in range(30):
-        new = _solve(moments, omega, bend, tilt)
+        new = solve(moments, omega, bend, tilt)
         done = np.abs(new - q).max() <= 1e-10 * max(1.0, np.abs(q).max())
-        q, omega = new, _omega(moments, new)
+        q, omega = new, covariance_of(moments, new)
         if done:
             break
     return q, omega
 
 
-def _solve(moments: LinearMoments, omega: ndarray, bend: ndarray, tilt: ndarray) -> ndarray:
+def solve(moments: LinearMoments, omega: ndarray, bend: ndarray, tilt: ndarray) -> ndarray:
     """argmin_q n m'Ω⁻¹m + |B q + b|², by least squares."""
     root = np.linalg.cholesky(omega)
     C = solve_triangular(root, moments.mean_C, lower=True) * np.sqrt(moments.n)
     lhs = np.vstack([C[:, 1:], bend])
-    rhs = np.concatenate([-C[:, 0] * _head(moments), -tilt])
+    rhs = np.concatenate([-C[:, 0] * head(moments), -tilt])
     estimate: ndarray = np.linalg.lstsq(lhs, rhs, rcond=None)[0]
     return estimate
 
@@ -226,7 +231,9 @@ def _turn_to_lower(slope: Float[ndarray, "L K"]) -> Float[ndarray, "L L"]:
 # --- gradient -----------------------------------------------------------------------------
 
 
-def value_and_gradient(target: Target, u: Float[ndarray, "K"]) -> tuple[float, Float[ndarray, "K"]]:
+def value_and_gradient(
+    target: Target, u: Float[ndarray, " K"]
+) -> tuple[float, Float[ndarray, " K"]]:
     """Log density and gradient in whitened coordinates; about the price of two evaluations."""
     L, K = target.slope.shape
     p = np.concatenate([[1.0], u])

@@ -60,10 +60,10 @@ class PriorBlock:
 
     df: float
     root: Float[ndarray, "d K"]
-    centre: Float[ndarray, "d"]
+    centre: Float[ndarray, " d"]
     constant: float
     positions: tuple[int, ...]
-    mean: Float[ndarray, "d"]
+    mean: Float[ndarray, " d"]
     factor: Float[ndarray, "d d"]  # scale = factor factor'
 
     def log_density(self, theta: Float[ndarray, "*batch K"]) -> Float[ndarray, "*batch"]:
@@ -108,6 +108,10 @@ def _block(prior: Prior, names: list[str]) -> PriorBlock:
     d = len(chosen)
     mean = np.asarray(prior.mean, dtype=float)
     scale = np.asarray(scale, dtype=float)
+    if not (np.isfinite(mean).all() and np.isfinite(scale).all()):
+        raise ValueError(
+            f"prior mean and {label} must be finite (leave a coefficient flat by names=)"
+        )
     if mean.ndim == 0:
         mean = np.full(d, float(mean))
     if scale.ndim == 0:
@@ -116,10 +120,6 @@ def _block(prior: Prior, names: list[str]) -> PriorBlock:
         raise ValueError(
             f"prior mean has shape {mean.shape} and {label} {scale.shape}: need ({d},) and "
             f"({d}, {d}) for {', '.join(chosen)}"
-        )
-    if not (np.isfinite(mean).all() and np.isfinite(scale).all()):
-        raise ValueError(
-            f"prior mean and {label} must be finite (leave a coefficient flat by names=)"
         )
     if not np.allclose(scale, scale.T, rtol=1e-10, atol=0):
         raise ValueError(f"prior {label} is not symmetric")

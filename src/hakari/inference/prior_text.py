@@ -39,9 +39,9 @@ def parse_prior(texts: Sequence[str], moments: LinearMoments) -> Prior | list[Pr
     own = [name for name, _, _ in parsed if name is not None]
     if len(parsed) - len(own) > 1:
         raise ValueError(f"two priors for all coefficients ({', '.join(texts)}): give one")
-    for name in own:
-        if own.count(name) > 1:
-            raise ValueError(f"two priors on {name!r}: give each coefficient one")
+    for twice in own:
+        if own.count(twice) > 1:
+            raise ValueError(f"two priors on {twice!r}: give each coefficient one")
     priors: list[Prior] = []
     for name, kind, numbers in parsed:
         left = [k for k in moments.names.parameters if k not in own]

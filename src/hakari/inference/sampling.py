@@ -116,13 +116,11 @@ def _plan(target: Target, method: str, generator: Generator) -> Plan:
         f"pilot: k-hat {fit.k_hat:.2f}, acceptance {fit.acceptance:.2f}, "
         f"effective share {fit.efficiency:.2f}"
     )
-    if fit.k_hat < 0.7 and fit.efficiency > 0.15:
+    if fit.k_hat < 0.7 and fit.acceptance > 0.1:
         return Plan("independence", f"the reference fits ({pilot})", fit)
-    if fit.k_hat < 0.7:
-        return Plan(
-            "preconditioned", f"independent proposals are accepted too seldom ({pilot})", fit
-        )
-    return Plan("da", f"the tails outweigh the reference, so a local walk ({pilot})", None)
+    if fit.k_hat < 1.0:
+        return Plan("preconditioned", f"independent proposals would get stuck ({pilot})", fit)
+    return Plan("da", f"the tails outweigh any reference, so a local walk ({pilot})", None)
 
 
 # --- positions ----------------------------------------------------------------------------
@@ -209,7 +207,7 @@ def _kernel(name: str) -> Any:
 def _draw(
     target: Target, plan: Plan, groups: list[Group], draws: int, progress: bool
 ) -> tuple[Draws, bool]:
-    """All chains, in rounds of blocks; groups[:] is advanced in place. Ctrl-C ends a round early."""
+    """All chains, in rounds of blocks; groups[:] moves on in place. Ctrl-C drops the round."""
     parts: list[list[Draws]] = []
     done, interrupted = 0, False
     block = min(draws, 2000)

@@ -19,14 +19,15 @@ from hakari.inference.sampling import Method, sample
 from hakari.inference.weak_prior import weak_prior
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+INTERRUPTED = "interrupted"
 
 
 @dataclass(frozen=True)
 class ScaledPrior:
     """The posterior's means and intervals (K,) under a prior `factor` times as wide (inf: flat).
 
-    NaN with the reason in `refused` where that posterior is improper; `notes` are what speaks
-    against its chains; `asked` marks the prior that the question names.
+    NaN with the reason in `refused` where that posterior is improper, or sampling it was
+    stopped; `notes` are what speaks against its chains; `asked` marks the question's prior.
     """
 
     factor: float
@@ -38,6 +39,13 @@ class ScaledPrior:
     asked: bool = False
     refused: str | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def without(self) -> str:
+        """Why there are no numbers, in few words; empty where there are."""
+        if self.refused is None:
+            return ""
+        return INTERRUPTED if self.refused == INTERRUPTED else "refused: improper posterior"
 
     @property
     def label(self) -> str:
@@ -81,6 +89,8 @@ def prior_sensitivity(
         prior = Flat() if np.isinf(factor) else scaled_prior(base, factor)
         this = replace(posterior, prior=prior)
         found.append(_drawn(this, factor, settings, level, result if asked else None))
+        if found[-1].refused == INTERRUPTED:
+            break
     return found
 
 
@@ -91,12 +101,18 @@ def _drawn(
     level: float,
     known: xr.DataTree | None,
 ) -> ScaledPrior:
-    prior = describe_prior(posterior.prior)
+    prior, refused = describe_prior(posterior.prior), ""
     try:
         result = sample(posterior, **settings) if known is None else known
     except ValueError as error:
+        refused = str(error)
+    except KeyboardInterrupt:
+        refused = INTERRUPTED
+    if not refused and result is not known and result.attrs["interrupted"]:
+        refused = INTERRUPTED
+    if refused:
         nothing = np.full(posterior.moments.K, np.nan)
-        return ScaledPrior(factor, prior, nothing, nothing, nothing, "", refused=str(error))
+        return ScaledPrior(factor, prior, nothing, nothing, nothing, "", refused=refused)
     theta = draws_of(result)
     tails = (1 - level) / 2
     lower, upper = np.quantile(theta, [tails, 1 - tails], axis=(0, 1))

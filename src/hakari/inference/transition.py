@@ -27,7 +27,8 @@ SCREENED, REJECTED, ACCEPTED, SINGULAR = 0, 1, 2, 3  # outcome of an iteration
 
 class Kernel(NamedTuple):
     """`place(target, state, tuning)`: centre (K,) and lower factor (K, K) of the proposal;
-    `log_screen(target, state, u)`: log α₁ ≤ 0."""
+    `log_screen(target, state, u)`: log α₁ ≤ 0.
+    """
 
     name: str
     place: Callable[..., Any]

@@ -33,13 +33,13 @@ def proposals(reference: Reference, noise: ndarray, chi2: ndarray) -> ndarray:
 
 
 def log_weights(target: Target, reference: Reference, u: ndarray) -> tuple[ndarray, ndarray]:
-    """log π and log w = log π − log r, up to constants, of each row of u (N, K)."""
+    """Log π and log w = log π − log r, up to constants, of each row of u (N, K)."""
     density = log_density_batch(target, u)
     return density, density - log_reference(reference, u)
 
 
 def log_reference(reference: Reference, u: ndarray) -> ndarray:
-    """log r of each row of u (N, K), without the terms that do not depend on u."""
+    """Log r of each row of u (N, K), without the terms that do not depend on u."""
     inverse = np.linalg.inv(reference.factor)
     q = (((u - reference.mean) @ inverse.T) ** 2).sum(axis=1)
     if np.isinf(reference.df):

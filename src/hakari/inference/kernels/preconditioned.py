@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import numpy as np
 from numba import njit
-from numpy import ndarray
 
 from hakari.inference.density import log_density_batch
 from hakari.inference.kernels.independence import Reference
@@ -53,7 +52,7 @@ def run(target, mean, factor, df, rho, start, noise, coins):  # type: ignore[no-
 
     Returns latent draws' end (C, M), draws (N, C, K), log densities (N, C), accepted (N, C).
     """
-    N, C, M = noise.shape
+    N, C = noise.shape[:2]
     K = len(mean)
     draws, densities = np.empty((N, C, K)), np.empty((N, C))
     accepted = np.zeros((N, C), dtype=np.bool_)

@@ -1,0 +1,98 @@
+"""`hakari iv`: ask, write the run folder, print the answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table as Grid
+
+from hakari import run
+from hakari.inference.iv import Analysis, Question, analyse
+from hakari.inference.iv_record import config, record, to_json
+from hakari.inference.iv_report import iv_chapter
+from hakari.inference.iv_tables import estimates_table, posterior_table, strength_table
+from hakari.inference.patience import patience
+from hakari.inference.report import Table, write_report
+from hakari.inference.result import load, save
+from hakari.inference.verdict import agreement, verdict
+
+INTERRUPTED = 130  # exit status of a command that Ctrl-C stopped
+
+
+def answer(question: Question, out: Path | None, resume: Path | None, json: bool) -> int:
+    """Analyse, write and print; returns the exit status. A refusal leaves no folder behind."""
+    earlier = load(_posterior_of(resume)) if resume is not None else None
+    folder = run.new_run("iv", out)
+    try:
+        with patience():
+            analysis = analyse(question, progress=True, resume=earlier)
+        report = write_run(analysis, folder)
+    finally:
+        run.discard(folder)
+    if json:
+        print(to_json(record(analysis) | {"run": str(folder), "report": str(report)}))
+    else:
+        show(analysis, terminal())
+        print(report)
+    if analysis.interrupted:
+        Console(stderr=True).print("hakari: interrupted; the draws so far were written")
+        return INTERRUPTED
+    return 0
+
+
+def write_run(analysis: Analysis, folder: Path) -> Path:
+    """config.toml, posterior.nc, summary.csv and report.html; returns the report's path."""
+    run.write_config(folder, config(analysis))
+    save(analysis.result, folder / "posterior.nc")
+    analysis.summary.to_csv(folder / "summary.csv")
+    names = analysis.moments.names
+    title = f"{names.dependent} on {', '.join(analysis.of_interest[:3])}"
+    return write_report(
+        folder / "report.html", f"{title}: quasi-posterior", [iv_chapter(analysis, title)]
+    )
+
+
+def show(analysis: Analysis, console: Console) -> None:
+    """The tables and the sentences, to a terminal."""
+    for table in (posterior_table(analysis), estimates_table(analysis), strength_table(analysis)):
+        if table is not None:
+            console.print(grid(table))
+    console.print(agreement(analysis), style="dim")
+    attributes = analysis.result.attrs
+    console.print(f"Kernel {attributes['method']}: {attributes['why']}.\n", style="dim")
+    for sentence in verdict(analysis):
+        console.print(f"• {sentence}")
+    console.print()
+
+
+def terminal() -> Console:
+    """Standard output, wide enough for the tables when it is a file or a pipe."""
+    console = Console(highlight=False, markup=False)
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=120)
+
+
+def grid(table: Table) -> Grid:
+    """A report's table for a terminal."""
+    shown = Grid(
+        title=table.caption,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        padding=(0, 1, 0, 0),
+    )
+    for place, head in enumerate(table.head):
+        left = place == 0
+        shown.add_column(head, justify="left" if left else "right", no_wrap=not left)
+    for row in table.rows:
+        shown.add_row(*row)
+    return shown
+
+
+def _posterior_of(folder: Path) -> Path:
+    path = folder / "posterior.nc"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no posterior.nc in {folder}: --resume takes an earlier run's folder"
+        )
+    return path

@@ -1,0 +1,180 @@
+"""`hakari demo` from nothing to a report that a browser opens."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+from linearmodels.datasets import card
+from linearmodels.iv import IVGMM, IVGMMCUE
+
+import hakari.inference as hi
+
+from .conftest import hakari
+
+CHAPTERS = ["Card: one instrument", "Card: two instruments"]
+SECTIONS = [
+    "Question",
+    "What the data say",
+    "Posterior and GMM",
+    "Three forms of the target",
+    "Strength of the instruments",
+    "Sensitivity to the prior",
+    "Diagnostics",
+    "How to repeat",
+]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    return hakari("demo", "--json", cwd=folder), folder
+
+
+def test_numbers_are_linearmodels(demo):
+    done, _ = demo
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["chapters"]
+    assert list(found) == ["card-nearc4", "card-nearc2-nearc4"]
+    for name, excluded in (("card-nearc4", "nearc4"), ("card-nearc2-nearc4", "nearc2 + nearc4")):
+        formula = f"lwage ~ 1 + exper + expersq + black + south + smsa + [educ ~ {excluded}]"
+        for label, model in (("IV-GMM", IVGMM), ("CUE", IVGMMCUE)):
+            theirs = model.from_formula(formula, card.load()).fit()
+            for shown in (e for e in found[name]["estimates"] if e["label"] == label):
+                educ = shown["coefficients"]["educ"]
+                tolerance = 2e-3 * theirs.std_errors["educ"]  # linearmodels' CUE stops early
+                assert educ["estimate"] == pytest.approx(theirs.params["educ"], abs=tolerance)
+                assert educ["std_error"] == pytest.approx(theirs.std_errors["educ"], abs=tolerance)
+
+
+def test_modes_of_the_forms(demo):
+    found = json.loads(demo[0].stdout)["chapters"]["card-nearc2-nearc4"]
+    full, without, fixed = (m["less_cue_in_standard_errors"]["educ"] for m in found["modes"])
+    assert abs(without) < 1e-6
+    assert fixed == pytest.approx(-0.28, abs=0.01)
+    assert full == pytest.approx(-0.65, abs=0.01)
+    ours = {e["label"]: e for e in found["estimates"] if e["source"] == "hakari"}
+    two_step = found["modes"][2]["mode"]["educ"]
+    assert two_step == pytest.approx(ours["IV-GMM"]["coefficients"]["educ"]["estimate"], abs=1e-8)
+
+
+def test_the_run_folder_loads(demo):
+    done, folder = demo
+    run = folder / json.loads(done.stdout)["run"]
+    for name in ("card-nearc4", "card-nearc2-nearc4"):
+        assert hi.load(run / f"{name}.nc").attrs["rows"] == 3010
+        assert (run / f"{name}.csv").is_file()
+
+
+class Page(HTMLParser):
+    """What a page loads, points at, and is made of."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.loads, self.links, self.ids, self.headings, self.tags = [], [], [], [], []
+        self.without_alt, self.title, self.open = 0, "", ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.tags.append(tag)
+        self.open = tag
+        self.loads += [found[a] for a in ("src", "srcset", "data", "poster") if a in found]
+        self.loads += [found["href"]] * (tag == "link")
+        self.links += [found["href"]] * (tag == "a")
+        self.ids += [found["id"]] * ("id" in found)
+        self.without_alt += tag == "img" and not found.get("alt")
+
+    def handle_data(self, text):
+        if self.open == "title":
+            self.title += text
+        if self.open in ("h2", "h3") and text.strip():
+            self.headings.append(text.strip())
+
+
+@pytest.fixture(scope="module")
+def report(demo):
+    done, folder = demo
+    return folder / json.loads(done.stdout)["report"]
+
+
+def test_the_report_is_self_contained(report):
+    text = report.read_text()
+    page = Page(text)
+    assert page.title.strip() == "hakari demo: returns to schooling"
+    assert page.headings == [h for chapter in CHAPTERS for h in (chapter, *SECTIONS)]
+    assert all(address.startswith("data:") for address in page.loads)
+    assert page.loads.count("data:,") == 1
+    assert len([a for a in page.loads if a.startswith("data:image/svg")]) >= 8
+    assert {link.removeprefix("#") for link in page.links} <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    assert not {"script", "iframe", "object", "embed"} & set(page.tags)
+    assert page.without_alt == 0
+    assert "url(" not in text
+    assert "@import" not in text
+    assert "(DataFrame" not in text
+    assert not re.search(r"/(home|root|tmp|work)/", text)
+
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
+needs_browser = pytest.mark.skipif(not BROWSER, reason="no Chromium is installed")
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--enable-logging=stderr",
+    "--virtual-time-budget=3000",
+]
+
+
+def opened(page, folder):
+    """(DOM, console messages, requests that the page made to the network)."""
+    folder.mkdir()
+    log = folder / "net.json"
+    places = [f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}"]
+    done = subprocess.run(
+        [BROWSER, *FLAGS, *places, "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    events = json.loads(log.read_text())["events"]
+    asked = [e["params"] for e in events if "url" in e.get("params", {})]
+    outside = {
+        p["url"]
+        for p in asked
+        if p["url"].startswith(("http", "ws"))
+        and p.get("initiator", "not an origin") != "not an origin"
+    }
+    return done.stdout, console, outside
+
+
+@needs_browser
+def test_a_browser_opens_the_report(report, tmp_path):
+    dom, console, outside = opened(report, tmp_path / "browser")
+    assert "<title>hakari demo: returns to schooling</title>" in dom
+    assert Page(dom).headings == Page(report.read_text()).headings
+    assert console == []
+    assert outside == set()
+
+
+@needs_browser
+def test_a_page_that_is_not_self_contained_would_be_seen(tmp_path):
+    page = tmp_path / "bad.html"
+    page.write_text(
+        "<title>bad</title><img src='http://127.0.0.1:9/x.png'><script>console.error('no')</script>"
+    )
+    _, console, outside = opened(page, tmp_path / "browser")
+    assert any("no" in line for line in console)
+    assert outside == {"http://127.0.0.1:9/x.png"}
