@@ -94,6 +94,22 @@ def numpyro_nuts(
     return _nuts("numpyro", _numpyro, _whiten(y, X, Z), (chains, warmup, draws), seed)
 
 
+def numpyro_as_written(
+    y: Array, X: Array, Z: Array, *, chains: int, warmup: int, draws: int, seed: int
+) -> Run:
+    """Sample by NumPyro's NUTS, dense mass matrix, with the density as its definition reads.
+
+    Rows, automatic differentiation, the data's own coordinates, started at the estimate, and the
+    library's own settings (target acceptance 0.8): what a careful user writes. `numpyro_nuts`
+    is the same sampler on hakari's tensor and whitening, with the gradient written out.
+    Arguments as there.
+    """
+    estimate = _whiten(y, X, Z)
+    plain = _Whitened(y, X, Z, np.zeros(X.shape[1]), np.eye(X.shape[1]))
+    lengths = (chains, warmup, draws)
+    return _nuts("numpyro", _numpyro, plain, lengths, seed, _as_written(plain), estimate)
+
+
 def blackjax_nuts(
     y: Array, X: Array, Z: Array, *, chains: int, warmup: int, draws: int, seed: int
 ) -> Run:
@@ -219,25 +235,38 @@ def _start_jax() -> None:
 
 
 def _nuts(
-    name: str, kernels: Any, target: _Whitened, lengths: tuple[int, int, int], seed: int
+    name: str,
+    kernels: Any,
+    target: _Whitened,
+    lengths: tuple[int, int, int],
+    seed: int,
+    density: Callable[[Any], Any] | None = None,
+    starting: _Whitened | None = None,
 ) -> Run:
-    """Adapt and sample with `kernels`, compiled ahead, on one device a core."""
+    """Adapt and sample with `kernels`, compiled ahead, on one device a core.
+
+    density: in the target's coordinates, and `starting` the whitening to start in; by default
+    the faster form of the density, and the target's own coordinates.
+    """
     began = perf_counter()
     _start_jax()
     import jax
 
     chains, warmup, draws = lengths
     K = target.X.shape[1]
-    acceptance = _target_acceptance(K)
+    acceptance = _target_acceptance(K) if density is None else 0.8
     starts = JITTER * np.random.default_rng(seed).standard_normal((chains, K))
+    if starting is not None:
+        starts = starting.theta(starts)
     keys = jax.random.split(jax.random.PRNGKey(seed), chains)
     with threadpool_limits(1):  # JAX's Cholesky is SciPy's LAPACK
-        begin, adapt, sample = kernels(_log_density(target), acceptance, warmup, draws)
+        begin, adapt, sample = kernels(density or _log_density(target), acceptance, warmup, draws)
         states, warmup_seconds = _timed(_spread(adapt, chains), begin(keys, starts))
         x, seconds = _timed(_spread(sample, chains), states)
     theta = target.theta(np.asarray(x))
     total = perf_counter() - began
-    setup = f"{_form(target)} form, {_devices(chains)} devices, target acceptance {acceptance}"
+    form = f"whitened, {_form(target)} form" if density is None else "as written"
+    setup = f"{form}, {_devices(chains)} devices, target acceptance {acceptance}"
     return Run(name, theta, seconds, warmup_seconds, total, version(name), setup)
 
 
@@ -365,6 +394,22 @@ def _log_density(target: _Whitened) -> Callable[[Any], Any]:
         return criterion((p[j] * p[k]) @ table, r - R @ x)
 
     return from_tensor
+
+
+def _as_written(data: _Whitened) -> Callable[[Any], Any]:
+    """Log density of theta (K,), row by row from its definition, gradient by JAX."""
+
+    def log_density(theta: Any) -> Any:
+        import jax.numpy as jnp
+        from jax.scipy.linalg import solve_triangular
+
+        y, X, Z = (jnp.asarray(part) for part in data[:3])
+        moments = Z * (y - X @ theta)[:, None]
+        factor = jnp.linalg.cholesky(moments.T @ moments / len(y))
+        s = solve_triangular(factor, moments.mean(axis=0), lower=True)
+        return -jnp.log(jnp.diag(factor)).sum() - 0.5 * len(y) * (s @ s)
+
+    return log_density
 
 
 def _criterion(n: int, L: int) -> Any:

@@ -82,9 +82,9 @@ class Page(HTMLParser):
         self.tags.append(tag)
         self.open = tag
         self.loads += [found[a] for a in ("src", "srcset", "data", "poster") if a in found]
-        self.loads += [found["href"]] * (tag == "link")
-        self.links += [found["href"]] * (tag == "a")
-        self.ids += [found["id"]] * ("id" in found)
+        self.loads += [found.get("href")] * (tag == "link")
+        self.links += [found.get("href")] * (tag == "a")
+        self.ids += [found.get("id")] * ("id" in found)
         self.without_alt += tag == "img" and not found.get("alt")
 
     def handle_data(self, text):

@@ -7,7 +7,7 @@ import pytest
 from arviz_stats.base import array_stats
 
 import hakari.inference as hi
-from hakari.inference.kernels.independence import accept, log_weights, proposals
+from hakari.inference.kernels.independence import accept, log_weights
 from hakari.inference.reference import fit_reference
 from tests.designs import direct_log_density, iv_design
 
@@ -73,8 +73,7 @@ def test_independence_without_hastings_term_is_noticed():
     rng = np.random.default_rng(2)
     reference = fit_reference(target, rng).reference
     chi2 = rng.chisquare(reference.df, 40_000) / reference.df
-    u = proposals(reference, rng.standard_normal((40_000, 1)), chi2)
-    density, weight = log_weights(target, reference, u)
+    u, density, weight = log_weights(target, reference, rng.standard_normal((40_000, 1)), chi2)
     coins = rng.random(40_000)
 
     def scores(log_ratio):

@@ -164,7 +164,8 @@ def test_reference_density_is_scipys():
 
 def test_proposals_have_the_law_they_claim():
     ref, rng = reference(2), np.random.default_rng(3)
-    u = proposals(ref, rng.standard_normal((20000, 2)), rng.chisquare(8, 20000) / 8)
+    u, log_r = proposals(ref, rng.standard_normal((20000, 2)), rng.chisquare(8, 20000) / 8)
+    np.testing.assert_allclose(log_r, log_reference(ref, u), rtol=1e-9, atol=1e-12)
     z = np.linalg.solve(ref.factor, (u - ref.mean).T)
     for row in (z[0], z[1], (z[0] + z[1]) / np.sqrt(2)):
         assert kstest(row, student(8).cdf).pvalue > 1e-3
@@ -177,7 +178,9 @@ def test_independence_accepts_exactly_with_the_ratio_of_weights():
         x, y = rng.standard_normal((2, 3)) * 1.5
         law = multivariate_t(ref.mean, ref.factor @ ref.factor.T, df=8)
         log_alpha = min(0.0, log_target(y) - law.logpdf(y) - log_target(x) + law.logpdf(x))
-        weights = log_weights(target, ref, np.array([x, y]))[1]
+        noise = np.linalg.solve(ref.factor, (np.array([x, y]) - ref.mean).T).T
+        u, _, weights = log_weights(target, ref, noise, np.ones(2))
+        np.testing.assert_allclose(u, [x, y], rtol=1e-12)
         for factor, taken in ((1 - 1e-9, 0), (1 + 1e-9, -1 if log_alpha < 0 else 0)):
             coin = np.array([np.exp(log_alpha) * factor])
             assert accept(weights[0], weights[1:], coin)[0] == taken
@@ -219,10 +222,9 @@ def test_preconditioned_without_memory_is_independence_draw_by_draw():
         target, ref.mean, ref.factor, ref.df, 0.0, start, noise, coins[:, None]
     )
     chi2 = (noise[:, 0, 3:] ** 2).sum(axis=1) / 8
-    proposed = proposals(ref, noise[:, 0, :3], chi2)
-    first = preconditioned.place(ref.mean, ref.factor, ref.df, start)[0]
-    weight = log_weights(target, ref, np.vstack([first, proposed]))[1]
-    where = accept(weight[0], weight[1:], coins)
+    proposed, _, weight = log_weights(target, ref, noise[:, 0, :3], chi2)
+    first, log_r = preconditioned.place(ref.mean, ref.factor, ref.df, start)
+    where = accept(float((log_density_batch(target, first) - log_r)[0]), weight, coins)
     expected = np.where(where[:, None] < 0, first, proposed[where])
     np.testing.assert_allclose(draws[:, 0], expected, rtol=1e-12)
 

@@ -7,6 +7,7 @@ from hakari.inference.moments import LinearMoments
 from hakari.inference.posterior import QuasiPosterior
 from hakari.inference.prior import Flat, Normal, StudentT
 from hakari.inference.result import load, save
+from hakari.inference.risks import expectile_moments, ridge_moments
 from hakari.inference.sampling import sample
 
 __all__ = [
@@ -17,9 +18,11 @@ __all__ = [
     "QuasiPosterior",
     "StudentT",
     "convergence_notes",
+    "expectile_moments",
     "load",
     "multivariate_ess",
     "parse_covariance",
+    "ridge_moments",
     "sample",
     "save",
     "summary",

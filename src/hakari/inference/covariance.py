@@ -99,13 +99,14 @@ def kernel_weights(kernel: Kernel, bandwidth: float, lags: int) -> Float[ndarray
     lag = np.arange(lags + 1)
     if kernel == "quadratic-spectral":
         if bandwidth == 0:
-            return (lag == 0).astype(float)
-        x = 6 * np.pi * lag[1:] / bandwidth / 5
-        return np.concatenate([[1.0], 3 / x**2 * (np.sin(x) / x - np.cos(x))])
+            return np.asarray(lag == 0, dtype=float)
+        angle = 6 * np.pi * lag[1:] / bandwidth / 5
+        tail = 3 / angle**2 * (np.sin(angle) / angle - np.cos(angle))
+        return np.concatenate([[1.0], tail])
     x = lag / (int(bandwidth) + 1)
     if kernel == "bartlett":
-        return np.clip(1 - x, 0, None)
-    return np.where(x <= 0.5, 1 - 6 * x**2 + 6 * x**3, 2 * np.clip(1 - x, 0, None) ** 3)
+        return np.asarray(np.clip(1 - x, 0, None))
+    return np.asarray(np.where(x <= 0.5, 1 - 6 * x**2 + 6 * x**3, 2 * np.clip(1 - x, 0, None) ** 3))
 
 
 def automatic_bandwidth(moments: Float[ndarray, "n L"], kernel: Kernel) -> float:
@@ -156,7 +157,8 @@ def unpack(packed: Float[ndarray, "*batch packed"], size: int) -> Float[ndarray,
 def products(p: Float[ndarray, "*batch P"]) -> Float[ndarray, "*batch packed"]:
     """Each product p_j p_k, j ≥ k, once, in packing order."""
     rows, columns = np.tril_indices(p.shape[-1])
-    return p[..., rows] * p[..., columns]
+    once: ndarray = p[..., rows] * p[..., columns]
+    return once
 
 
 def fold(cross: Float[ndarray, "L P L P"]) -> Float[ndarray, "packedL packedP"]:

@@ -13,6 +13,7 @@ import pandas as pd
 import xarray as xr
 from threadpoolctl import threadpool_limits
 
+from hakari.inference.anderson_rubin import AndersonRubin, anderson_rubin
 from hakari.inference.comparison import PointEstimate, linearmodels_estimates, point_estimates
 from hakari.inference.diagnostics import (
     MultivariateESS,
@@ -21,7 +22,7 @@ from hakari.inference.diagnostics import (
     summary,
 )
 from hakari.inference.formula import Missing
-from hakari.inference.instruments import AndersonRubin, FirstStage, anderson_rubin, first_stage
+from hakari.inference.instruments import FirstStage, first_stage
 from hakari.inference.moments import LinearMoments
 from hakari.inference.posterior import QuasiPosterior, Weighting
 from hakari.inference.prior_text import parse_prior
@@ -99,6 +100,7 @@ def analyse(
     progress: a bar on the error stream; resume: an earlier result, whose draws are continued.
     Raises ValueError or FileNotFoundError for bad input, before any draw.
 
+    >>> import numpy as np
     >>> rng = np.random.default_rng(1)
     >>> table = {"z": rng.standard_normal(300), "e": rng.standard_normal(300)}
     >>> table["x"] = table["z"] + table["e"]

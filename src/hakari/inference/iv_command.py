@@ -82,7 +82,7 @@ def grid(table: Table) -> Grid:
         padding=(0, 1, 0, 0),
     )
     for place, head in enumerate(table.head):
-        left = place == 0
+        left, head = place == 0, head.replace("linearmodels", "linear-\nmodels")  # 80 columns
         shown.add_column(head, justify="left" if left else "right", no_wrap=not left)
     for row in table.rows:
         shown.add_row(*row)

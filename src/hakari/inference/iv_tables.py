@@ -49,7 +49,7 @@ def estimates_table(analysis: Analysis) -> Table:
         cells = [f"{number(e.theta[k])}\n({number(e.std_error[k])})" for e in columns]
         rows.append([name, f"{number(row['mean'])}\n({number(row['sd'])})", *cells])
     J = [f"{number(e.J.value)}\np {number(e.J.p_value, 2)}" for e in columns]
-    rows.append(["Hansen's J", "", *("–" if cell.startswith("–") else cell for cell in J)])
+    rows.append(["J", "", *("–" if cell.startswith("–") else cell for cell in J)])
     return Table(head, rows, "Posterior mean (sd) beside point estimates (standard errors).")
 
 

@@ -268,7 +268,8 @@ class LinearMoments:
         other = other._in_scale(self.scale)
         rows = None
         if self.rows and other.rows and _prefer_rows(self.n + other.n, self.L, self.K + 1):
-            rows = tuple(np.concatenate(pair) for pair in zip(self.rows, other.rows, strict=True))
+            Z, W = (np.concatenate(pair) for pair in zip(self.rows, other.rows, strict=True))
+            rows = (Z, W)
         return replace(
             self,
             n=self.n + other.n,
@@ -341,13 +342,13 @@ class LinearMoments:
 
     def mean(self, theta: Float[ndarray, "*batch K"]) -> Float[ndarray, "*batch L"]:
         """The moments' mean at θ, in the data's units."""
-        return self.working(theta) @ self.mean_C.T @ np.linalg.inv(self.scale.left).T
+        return np.asarray(self.working(theta) @ self.mean_C.T @ np.linalg.inv(self.scale.left).T)
 
     def covariance_at(self, theta: Float[ndarray, "*batch K"]) -> Float[ndarray, "*batch L L"]:
         """Ω(θ), in the data's units."""
         omega = unpack(products(self.working(theta)) @ self.tensor.T, self.L)
         back = np.linalg.inv(self.scale.left)
-        return back @ omega @ back.T
+        return np.asarray(back @ omega @ back.T)
 
     @property
     def prefers_rows(self) -> bool:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-COMPILING = "hakari: the first run on a machine compiles its kernels, for half a minute, once"
+COMPILING = "hakari: still at work; the first run compiles its kernels, half a minute, once"
 
 
 @contextmanager

@@ -19,9 +19,9 @@ from numpy import ndarray
 from scipy.stats import norm, rankdata
 from scipy.stats import t as student
 
+from hakari.inference.anderson_rubin import AndersonRubin
 from hakari.inference.comparison import PointEstimate
 from hakari.inference.diagnostics import draws_of
-from hakari.inference.instruments import AndersonRubin
 from hakari.inference.posterior import QuasiPosterior
 from hakari.inference.sensitivity import ScaledPrior
 

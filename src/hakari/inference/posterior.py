@@ -36,7 +36,7 @@ class Whitened:
 
     def theta(self, u: Float[ndarray, "*batch K"]) -> Float[ndarray, "*batch K"]:
         """θ of u."""
-        return self.centre + u @ self.factor.T
+        return np.asarray(self.centre + u @ self.factor.T)
 
     def u(self, theta: Float[ndarray, "*batch K"]) -> Float[ndarray, "*batch K"]:
         """U of θ."""

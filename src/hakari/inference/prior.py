@@ -81,7 +81,7 @@ def prior_blocks(prior: Prior | Sequence[Prior], names: Sequence[str]) -> tuple[
     Raises ValueError for unknown or repeated names, wrong shapes or a covariance that is
     not positive definite; TypeError for what is not a prior.
     """
-    priors = list(prior) if isinstance(prior, tuple | list) else [prior]
+    priors = [prior] if isinstance(prior, Flat | Normal | StudentT) else list(prior)
     blocks = [_block(p, list(names)) for p in priors if not isinstance(p, Flat)]
     seen: set[int] = set()
     for block in blocks:

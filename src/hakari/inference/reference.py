@@ -23,7 +23,6 @@ from hakari.inference.kernels.independence import (
     Reference,
     log_reference,
     log_weights,
-    proposals,
 )
 from hakari.inference.posterior import value_and_gradient
 
@@ -46,7 +45,7 @@ class Fit:
 def fit_reference(target: Target, generator: Generator, rounds: int = 4) -> Fit:
     """Fit a Student reference to `target`; costs about 6,000 + 600 K evaluations and 0.1 s."""
     L, K = target.slope.shape
-    batch = 1500 + 150 * K
+    batch = int(min(1500 + 150 * K, max(20 * K, 3e10 / (L * K) ** 2)))
     last = batch + int(min(20_000, 1e9 / (L * L * K * K)))  # k-hat is noisy: spend 0.1 s on it
     reference = _laplace(target)
     best: Fit | None = None
@@ -54,8 +53,7 @@ def fit_reference(target: Target, generator: Generator, rounds: int = 4) -> Fit:
         size = batch if index < rounds - 1 else last
         noise = generator.standard_normal((size, len(reference.mean)))
         chi2 = generator.chisquare(reference.df, size) / reference.df
-        u = proposals(reference, noise, chi2)
-        density, weight = log_weights(target, reference, u)
+        u, density, weight = log_weights(target, reference, noise, chi2)
         fit = _quality(reference, weight, (0 if best is None else best.size) + size)
         if best is None or index == rounds - 1 or fit.efficiency > best.efficiency:
             best = fit

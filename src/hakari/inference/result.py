@@ -209,7 +209,7 @@ def _drawn(result: xr.DataTree, posterior: QuasiPosterior) -> Draws:
     for code, name in ((2, "accepted"), (0, "screened"), (3, "singular")):
         outcome[stats[name].values.astype(bool)] = code
     weight = stats["log_weight"].values if "log_weight" in stats else None
-    u = white.u(result["posterior"]["theta"].values)
+    u = white.u(result["posterior"].dataset["theta"].values)
     return Draws(u, stats["lp"].values - white.constant, outcome, weight)
 
 

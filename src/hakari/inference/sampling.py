@@ -269,34 +269,33 @@ def advance(target: Target, plan: Plan, group: Group, size: int) -> tuple[Group,
 def _advance_independence(
     target: Target, plan: Plan, group: Group, size: int
 ) -> tuple[Group, Draws]:
-    from hakari.inference.kernels.independence import accept, log_weights, proposals
+    from hakari.inference.density import log_density_batch
+    from hakari.inference.kernels.independence import accept, log_reference, log_weights
     from hakari.inference.transition import ACCEPTED, REJECTED, SINGULAR
 
     reference, streams = plan.reference, group.streams[0]
-    u, density = np.empty((size, group.point.shape[1])), np.empty(size)
-    outcome, weight = np.empty(size, dtype=np.int8), np.empty(size)
-    here = group.point
-    here_density, here_weight = log_weights(target, reference, here)
+    here, K = group.point, group.point.shape[1]
+    here_density = log_density_batch(target, here)
+    here_weight = float((here_density - log_reference(reference, here))[0])
+    u, density, weight = np.empty((size, K)), np.empty(size), np.empty(size)
+    outcome = np.empty(size, dtype=np.int8)
     for start in range(0, size, SUB_BLOCK):
         stop = min(start + SUB_BLOCK, size)
-        n = stop - start
-        noise = streams["noise"].standard_normal((n, here.shape[1]))
+        n, block = stop - start, slice(start, stop)
+        noise = streams["noise"].standard_normal((n, K))
         chi2 = streams["tail"].chisquare(reference.df, n) / reference.df
-        proposed = proposals(reference, noise, chi2)
-        new_density, new_weight = log_weights(target, reference, proposed)
-        where = accept(here_weight[0], new_weight, streams["coins"].random(n))
-        u[start:stop] = np.where(where[:, None] < 0, here, proposed[where])
-        density[start:stop] = np.where(where < 0, here_density, new_density[where])
-        moved = where == np.arange(n)
-        outcome[start:stop] = np.where(
-            moved, ACCEPTED, np.where(np.isfinite(new_density), REJECTED, SINGULAR)
-        )
-        weight[start:stop] = new_weight
+        new, new_density, weight[block] = log_weights(target, reference, noise, chi2)
+        where = accept(here_weight, weight[block], streams["coins"].random(n))
+        stay = int(np.searchsorted(where, 0))  # before the first accepted proposal: −1
+        new.take(where[stay:], axis=0, out=u[start + stay : stop])
+        new_density.take(where[stay:], out=density[start + stay : stop])
+        u[start : start + stay], density[start : start + stay] = here, here_density
+        outcome[block] = np.where(np.isfinite(new_density), REJECTED, SINGULAR)
+        outcome[block][where == np.arange(n)] = ACCEPTED
         here, here_density = u[stop - 1 : stop], density[stop - 1 : stop]
-        here_weight = here_weight if where[-1] < 0 else new_weight[where[-1:]]
-    return replace(group, point=here.copy()), Draws(
-        u[None], density[None], outcome[None], weight[None]
-    )
+        here_weight = here_weight if where[-1] < 0 else float(weight[start + where[-1]])
+    draws = Draws(u[None], density[None], outcome[None], weight[None])
+    return replace(group, point=here.copy()), draws
 
 
 def _advance_preconditioned(
@@ -323,7 +322,7 @@ def _advance_preconditioned(
 
 
 def _workers(groups: int) -> int:
-    return max(1, min(groups, joblib.effective_n_jobs(-1)))
+    return max(1, min(groups, int(joblib.effective_n_jobs(-1))))
 
 
 @contextmanager

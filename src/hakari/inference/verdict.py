@@ -90,7 +90,7 @@ def prior_says(analysis: Analysis) -> str:
     means = np.array([s.mean[k] for s in scaled])
     low, high = np.nanmin(means), np.nanmax(means)
     moved = (high - low) / float(analysis.summary.loc[name, "sd"])
-    judged = "the answer leans on the prior" if moved > LEANS else "the data carry the answer"
+    judged = _judged(moved, analysis, scaled)
     base = "the weak prior's" if not analysis.posterior.blocks else "the prior's"
     return (
         f"Prior: {prior}. With {base} scale from a quarter to four times, the mean of {name} runs "
@@ -114,9 +114,19 @@ def chains_say(analysis: Analysis) -> str:
         return "The chains agree (R-hat at most 1.01, effective sample sizes over 400)."
     draws = 10 * analysis.question.draws
     return (
-        f"The draws need care: {'; '.join(analysis.notes)}. More draws (--draws {draws}) or "
-        "another --method may settle it."
+        f"The draws need care: {'; '.join(analysis.notes)}. More draws (--draws {draws}), "
+        "another --method or a more informative --prior may settle it."
     )
+
+
+def _judged(moved: float, analysis: Analysis, scaled: list[ScaledPrior]) -> str:
+    if moved > LEANS:
+        return "the answer leans on the prior"
+    if any(one.notes for one in scaled):
+        return "little, but some of these chains need care, so that this is rough"
+    if weakness(analysis.stages) is not None:
+        return "little, although the instruments are weak"
+    return "the data carry the answer"
 
 
 def _flat(sensitivity: list[ScaledPrior]) -> str:

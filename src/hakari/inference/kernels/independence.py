@@ -25,17 +25,22 @@ class Reference(NamedTuple):
     df: float
 
 
-def proposals(reference: Reference, noise: ndarray, chi2: ndarray) -> ndarray:
-    """Draws (N, K) of the reference: noise (N, K) standard normal, chi2 (N,) χ²_df/df."""
-    return np.ascontiguousarray(
-        reference.mean + (noise / np.sqrt(chi2)[:, None]) @ reference.factor.T
-    )
+def proposals(reference: Reference, noise: ndarray, chi2: ndarray) -> tuple[ndarray, ndarray]:
+    """Draws (N, K) of the reference and their log r (N,), without its constant.
+
+    noise (N, K) standard normal, chi2 (N,) χ²_df/df, ones when df is infinite.
+    """
+    u, log_r = _propose(reference.mean, reference.factor, reference.df, noise, chi2)
+    return u, log_r
 
 
-def log_weights(target: Target, reference: Reference, u: ndarray) -> tuple[ndarray, ndarray]:
-    """Log π and log w = log π − log r, up to constants, of each row of u (N, K)."""
+def log_weights(
+    target: Target, reference: Reference, noise: ndarray, chi2: ndarray
+) -> tuple[ndarray, ndarray, ndarray]:
+    """Proposals u (N, K), their log π and log w = log π − log r, up to constants."""
+    u, log_r = proposals(reference, noise, chi2)
     density = log_density_batch(target, u)
-    return density, density - log_reference(reference, u)
+    return u, density, density - log_r
 
 
 def log_reference(reference: Reference, u: ndarray) -> ndarray:
@@ -43,8 +48,25 @@ def log_reference(reference: Reference, u: ndarray) -> ndarray:
     inverse = np.linalg.inv(reference.factor)
     q = (((u - reference.mean) @ inverse.T) ** 2).sum(axis=1)
     if np.isinf(reference.df):
-        return -0.5 * q
-    return -0.5 * (reference.df + u.shape[1]) * np.log1p(q / reference.df)
+        return np.asarray(-0.5 * q)
+    return np.asarray(-0.5 * (reference.df + u.shape[1]) * np.log1p(q / reference.df))
+
+
+@njit(cache=True, nogil=True)
+def _propose(mean, factor, df, noise, chi2):  # type: ignore[no-untyped-def]
+    N, K = noise.shape
+    u, log_r = np.empty((N, K)), np.empty(N)
+    for n in range(N):
+        scale, q = 1.0 / np.sqrt(chi2[n]), 0.0
+        for i in range(K):
+            q += noise[n, i] ** 2
+            value = 0.0
+            for j in range(i + 1):
+                value += factor[i, j] * noise[n, j]
+            u[n, i] = mean[i] + scale * value
+        q *= scale * scale
+        log_r[n] = -0.5 * q if np.isinf(df) else -0.5 * (df + K) * np.log1p(q / df)
+    return u, log_r
 
 
 @njit("int64[::1](float64, float64[::1], float64[::1])", cache=True, nogil=True)
