@@ -26,6 +26,7 @@ from hakari.inference.kernels.independence import (
     accept,
     log_reference,
     log_weights,
+    mixed_scales,
     proposals,
 )
 from hakari.inference.kernels.metropolis import metropolis
@@ -150,34 +151,54 @@ def test_screened_proposals_are_not_evaluated():
     assert np.isnan(move.log_accept)
 
 
-def reference(K, df=8.0):
-    return Reference(np.linspace(0.1, 0.3, K), np.linalg.cholesky(0.7 * np.eye(K) + 0.3), df)
+def reference(K, df=8.0, share=0.0):
+    factor = np.linalg.cholesky(0.7 * np.eye(K) + 0.3)
+    return Reference(np.linspace(0.1, 0.3, K), factor, df, share)
 
 
-def test_reference_density_is_scipys():
-    ref = reference(3)
+def log_law(ref, u):
+    """Log density of the reference by scipy: a mixture of two Student laws, or one, or a normal."""
+    scale = ref.factor @ ref.factor.T
+    if np.isinf(ref.df):
+        return multivariate_normal(ref.mean, scale).logpdf(u)
+    main = multivariate_t(ref.mean, scale, df=ref.df).pdf(u)
+    wide = multivariate_t(ref.mean, 4 * scale, df=4).pdf(u)
+    return np.log((1 - ref.share) * main + ref.share * wide)
+
+
+@pytest.mark.parametrize("df", [8.0, np.inf])
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_reference_density_is_scipys(df, share):
+    ref = reference(3, df, share if np.isfinite(df) else 0.0)
     u = np.random.default_rng(0).standard_normal((50, 3)) * 3
-    scipys = multivariate_t(ref.mean, ref.factor @ ref.factor.T, df=8).logpdf(u)
-    gap = log_reference(ref, u) - scipys
-    assert np.ptp(gap) < 1e-12
+    np.testing.assert_allclose(log_reference(ref, u), log_law(ref, u), rtol=1e-11)
 
 
-def test_proposals_have_the_law_they_claim():
-    ref, rng = reference(2), np.random.default_rng(3)
-    u, log_r = proposals(ref, rng.standard_normal((20000, 2)), rng.chisquare(8, 20000) / 8)
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_proposals_have_the_law_they_claim(share):
+    ref, rng, N = reference(2, share=share), np.random.default_rng(3), 20_000
+    wide = rng.random(N) < share
+    chi2_wide = rng.chisquare(4, int(wide.sum()))
+    scales = mixed_scales(ref, rng.chisquare(8, N), wide, chi2_wide)
+    u, log_r = proposals(ref, rng.standard_normal((N, 2)), scales)
     np.testing.assert_allclose(log_r, log_reference(ref, u), rtol=1e-9, atol=1e-12)
     z = np.linalg.solve(ref.factor, (u - ref.mean).T)
+
+    def cdf(x):
+        return (1 - share) * student(8).cdf(x) + share * student(4).cdf(x / 2)
+
     for row in (z[0], z[1], (z[0] + z[1]) / np.sqrt(2)):
-        assert kstest(row, student(8).cdf).pvalue > 1e-3
+        assert kstest(row, cdf).pvalue > 1e-3
 
 
-def test_independence_accepts_exactly_with_the_ratio_of_weights():
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_independence_accepts_exactly_with_the_ratio_of_weights(share):
     target, log_target = problem(3, 5, STUDENT)
-    ref, rng = reference(3), np.random.default_rng(1)
+    ref, rng = reference(3, share=share), np.random.default_rng(1)
     for _ in range(20):
         x, y = rng.standard_normal((2, 3)) * 1.5
-        law = multivariate_t(ref.mean, ref.factor @ ref.factor.T, df=8)
-        log_alpha = min(0.0, log_target(y) - law.logpdf(y) - log_target(x) + law.logpdf(x))
+        log_w = [log_target(point) - log_law(ref, point) for point in (x, y)]
+        log_alpha = min(0.0, log_w[1] - log_w[0])
         noise = np.linalg.solve(ref.factor, (np.array([x, y]) - ref.mean).T).T
         u, _, weights = log_weights(target, ref, noise, np.ones(2))
         np.testing.assert_allclose(u, [x, y], rtol=1e-12)
@@ -192,17 +213,12 @@ def test_preconditioned_accepts_exactly_with_the_ratio_of_weights(df, rho):
     """In latent normals N(v) q(v, v') is symmetric, so α is the ratio of w alone."""
     target, log_target = problem(3, 5, STUDENT)
     ref, rng = reference(3, df), np.random.default_rng(2)
-    law = (
-        multivariate_t(ref.mean, ref.factor @ ref.factor.T, df=8)
-        if np.isfinite(df)
-        else multivariate_normal(ref.mean, ref.factor @ ref.factor.T)
-    )
     M = preconditioned.latent_size(ref)
     for _ in range(10):
         v, noise = rng.standard_normal((2, 1, M))
         moved = rho * v + np.sqrt(1 - rho**2) * noise
         at = [preconditioned.place(ref.mean, ref.factor, df, p)[0][0] for p in (v, moved)]
-        log_w = [log_target(u) - law.logpdf(u) for u in at]
+        log_w = [log_target(u) - log_law(ref, u) for u in at]
         log_alpha = min(0.0, log_w[1] - log_w[0])
         for factor, taken in ((1 - 1e-9, True), (1 + 1e-9, log_alpha >= 0)):
             coins = np.array([[np.exp(log_alpha) * factor]])
@@ -222,9 +238,10 @@ def test_preconditioned_without_memory_is_independence_draw_by_draw():
         target, ref.mean, ref.factor, ref.df, 0.0, start, noise, coins[:, None]
     )
     chi2 = (noise[:, 0, 3:] ** 2).sum(axis=1) / 8
-    proposed, _, weight = log_weights(target, ref, noise[:, 0, :3], chi2)
-    first, log_r = preconditioned.place(ref.mean, ref.factor, ref.df, start)
-    where = accept(float((log_density_batch(target, first) - log_r)[0]), weight, coins)
+    proposed, _, weight = log_weights(target, ref, noise[:, 0, :3], 1 / chi2)
+    first = preconditioned.place(ref.mean, ref.factor, ref.df, start)[0]
+    at_first = log_density_batch(target, first) - log_reference(ref, first)
+    where = accept(float(at_first[0]), weight, coins)
     expected = np.where(where[:, None] < 0, first, proposed[where])
     np.testing.assert_allclose(draws[:, 0], expected, rtol=1e-12)
 

@@ -105,8 +105,9 @@ def analyse(
     >>> table = {"z": rng.standard_normal(300), "e": rng.standard_normal(300)}
     >>> table["x"] = table["z"] + table["e"]
     >>> table["y"] = 2 * table["x"] + table["e"]
-    >>> analyse(Question("y ~ 1 + [x ~ z]", table, draws=200)).summary.loc["x", "mean"].round()
-    2.0
+    >>> answer = analyse(Question("y ~ 1 + [x ~ z]", table, draws=200))
+    >>> round(float(answer.summary.loc["x", "mean"]))
+    2
     """
     with threadpool_limits(1, user_api="blas"):  # small matrices: BLAS threads only wait
         return _analyse(question, progress, resume)

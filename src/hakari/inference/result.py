@@ -153,7 +153,13 @@ def _position(plan: Plan, groups: list[Group]) -> xr.Dataset:
         data["reference_factor"] = (("k", "k2"), plan.fit.reference.factor)
         data["reference"] = (
             "fit",
-            [plan.fit.reference.df, plan.fit.k_hat, plan.fit.acceptance, plan.fit.efficiency],
+            [
+                plan.fit.reference.df,
+                plan.fit.reference.share,
+                plan.fit.k_hat,
+                plan.fit.acceptance,
+                plan.fit.efficiency,
+            ],
         )
     return xr.Dataset(data)
 
@@ -174,11 +180,11 @@ def read_positions(
     held = result["position"].dataset.load()
     fit = None
     if "reference" in held:
-        df, k_hat, acceptance, efficiency = held["reference"].values
+        df, share, k_hat, acceptance, efficiency = map(float, held["reference"].values)
         reference = Reference(
-            held["reference_mean"].values, held["reference_factor"].values, float(df)
+            held["reference_mean"].values, held["reference_factor"].values, df, share
         )
-        fit = Fit(reference, float(k_hat), float(acceptance), float(efficiency), 0)
+        fit = Fit(reference, k_hat, acceptance, efficiency, 0)
     plan = Plan(str(result.attrs["method"]), str(result.attrs["why"]), fit)
     streams = [_generators(str(text)) for text in held["streams"].values]
     together = plan.method == "preconditioned"

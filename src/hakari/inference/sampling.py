@@ -22,6 +22,7 @@ from threadpoolctl import threadpool_limits
 
 from hakari.inference.density import Target, evaluate
 from hakari.inference.identification import refuse_improper
+from hakari.inference.kernels.independence import Reference
 from hakari.inference.posterior import QuasiPosterior
 from hakari.inference.result import Draws, Plan, read_positions, to_datatree
 
@@ -141,8 +142,8 @@ class Group:
 
 
 def _streams(root: SeedSequence) -> dict[str, Generator]:
-    names = ("start", "noise", "coins", "tail")
-    return {name: default_rng(s) for name, s in zip(names, root.spawn(4), strict=True)}
+    names = ("start", "noise", "coins", "tail", "wide", "wide tail")
+    return {name: default_rng(s) for name, s in zip(names, root.spawn(6), strict=True)}
 
 
 def _start(
@@ -283,8 +284,8 @@ def _advance_independence(
         stop = min(start + SUB_BLOCK, size)
         n, block = stop - start, slice(start, stop)
         noise = streams["noise"].standard_normal((n, K))
-        chi2 = streams["tail"].chisquare(reference.df, n) / reference.df
-        new, new_density, weight[block] = log_weights(target, reference, noise, chi2)
+        scales = _scales(reference, streams, n)
+        new, new_density, weight[block] = log_weights(target, reference, noise, scales)
         where = accept(here_weight, weight[block], streams["coins"].random(n))
         stay = int(np.searchsorted(where, 0))  # before the first accepted proposal: −1
         new.take(where[stay:], axis=0, out=u[start + stay : stop])
@@ -296,6 +297,20 @@ def _advance_independence(
         here_weight = here_weight if where[-1] < 0 else float(weight[start + where[-1]])
     draws = Draws(u[None], density[None], outcome[None], weight[None])
     return replace(group, point=here.copy()), draws
+
+
+def _scales(reference: Reference, streams: dict[str, Generator], size: int) -> ndarray:
+    """Squared scales of proposals; each kind of chance has its stream, so blocks do not matter."""
+    from hakari.inference.kernels.independence import WIDE_DF, mixed_scales
+
+    wide = np.zeros(size, dtype=bool)
+    if reference.share:
+        wide = streams["wide"].random(size) < reference.share
+    chi2 = np.ones(size)
+    if np.isfinite(reference.df):
+        chi2 = streams["tail"].chisquare(reference.df, size)
+    chi2_wide = streams["wide tail"].chisquare(WIDE_DF, int(wide.sum()))
+    return mixed_scales(reference, chi2, wide, chi2_wide)
 
 
 def _advance_preconditioned(
