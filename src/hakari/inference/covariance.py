@@ -292,18 +292,10 @@ class HacSums:
 
 
 def robust_sums(Z: Float[ndarray, "n L"], W: Float[ndarray, "n P"]) -> RobustSums:
-    """Sums for moments z_i (w_i'p), by blocks that stay in cache."""
-    n, L = Z.shape
-    P = W.shape[1]
+    """Sums for moments z_i (w_i'p); fastest when Z and W are transposes of contiguous rows."""
+    L, P = Z.shape[1], W.shape[1]
     tensor = np.zeros((packed_size(L), packed_size(P)))
-    block = 2048
-    left = np.empty((packed_size(L), block))
-    right = np.empty((packed_size(P), block))
-    for start in range(0, n, block):
-        size = min(block, n - start)
-        _row_products(Z[start : start + size], left)
-        _row_products(W[start : start + size], right)
-        tensor += left[:, :size] @ right[:, :size].T
+    _add_products(np.ascontiguousarray(Z.T), np.ascontiguousarray(W.T), tensor)
     return RobustSums(_double_off_diagonal(tensor, P))
 
 
@@ -359,14 +351,34 @@ def _double_off_diagonal(tensor: ndarray, size: int) -> ndarray:
     return tensor
 
 
-@njit("void(float64[:, ::1], float64[:, ::1])", cache=True, nogil=True)
-def _row_products(rows, out):  # type: ignore[no-untyped-def]
-    """out[index(j, k), i] = rows[i, j] rows[i, k]."""
-    n, size = rows.shape
-    columns = np.ascontiguousarray(rows.T)
+@njit(cache=True, nogil=True)
+def _add_products(Z, W, tensor):  # type: ignore[no-untyped-def]
+    """Add Σ_i products(z_i) products(w_i)' to `tensor`, Z (L, n), W (P, n), by chunks in cache.
+
+    All in one function without the interpreter's lock: a thread that asks for the lock between
+    small products waits for the thread that reads the file.
+    """
+    chunk = 512
+    left, right = np.empty((tensor.shape[0], chunk)), np.empty((tensor.shape[1], chunk))
+    part = np.empty_like(tensor)
+    for start in range(0, Z.shape[1], chunk):
+        _row_products(Z, start, left)
+        _row_products(W, start, right)
+        np.dot(left, right.T, part)
+        tensor += part
+
+
+@njit(cache=True, nogil=True)
+def _row_products(columns, start, out):  # type: ignore[no-untyped-def]
+    """out[index(j, k), i] = columns[j, start + i] columns[k, start + i], zero beyond the end."""
+    size = min(out.shape[1], columns.shape[1] - start)
+    out[:, size:] = 0.0
     index = 0
-    for j in range(size):
+    for j in range(columns.shape[0]):
+        a = columns[j, start : start + size]
         for k in range(j + 1):
-            for i in range(n):
-                out[index, i] = columns[j, i] * columns[k, i]
+            b = columns[k, start : start + size]
+            row = out[index]
+            for i in range(size):
+                row[i] = a[i] * b[i]
             index += 1

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from numpy import ndarray
 from numpy.typing import ArrayLike
 from scipy.linalg import solve_triangular
+from threadpoolctl import threadpool_limits
 
 from hakari.inference.covariance import (
     ClusterSums,
@@ -232,9 +233,12 @@ class LinearMoments:
     def _from_blocks(
         cls, blocks: Iterable[tuple[Columns, Block]], spec: Covariance
     ) -> LinearMoments:
-        """Sum the blocks in order; rows are handed to two threads, sums stay in order."""
+        """Sum the blocks in order; rows are handed to two threads, sums stay in order.
+
+        One BLAS thread each: on a busy machine BLAS's own threads wait for one another.
+        """
         whole: LinearMoments | None = None
-        with ThreadPoolExecutor(2) as pool:
+        with threadpool_limits(1, "blas"), ThreadPoolExecutor(2) as pool:
             pending: list[Any] = []
             for columns, block in blocks:
                 if whole is None and not pending:
@@ -383,26 +387,21 @@ class LinearMoments:
 
 def _block_moments(names: Names, spec: Covariance, scale: Scale, block: Block) -> LinearMoments:
     n, L, P = len(block.y), len(names.moments), len(names.parameters) + 1
-    W = np.column_stack([block.y, block.X]) @ scale.right
-    Z = block.Z @ scale.left.T
-    if block.weights is not None:
-        root = np.sqrt(_checked_weights(block.weights))[:, None]
-        W, Z = W * root, Z * root
-    Z, W = np.ascontiguousarray(Z), np.ascontiguousarray(W)
-    total = Z.T @ W
+    columns = _working_columns(scale, block)  # (L + P, n): contiguous along the rows of data
+    Z, W = columns[:L].T, columns[L:].T
+    gram = columns @ columns.T
+    total = gram[:L, L:].copy()
     if spec.kind == "hac" and spec.bandwidth is None:
-        residual = W @ _two_stage(total, Z.T @ Z)
+        residual = W @ _two_stage(total, gram[:L, :L])
         series = np.linalg.solve(scale.left, (Z * residual[:, None]).T).T  # in the data's units
         spec = replace(spec, bandwidth=automatic_bandwidth(series, spec.kernel))
     sums: Sums = None
     if spec.kind == "robust":
         sums = robust_sums(Z, W)
     elif spec.kind != "iid":
+        Z, W = np.ascontiguousarray(Z), np.ascontiguousarray(W)
         sums = _sums(Z[:, :, None] * W[:, None, :], spec, block.clusters)
     keep = spec.kind == "robust" and not spec.centred and _prefer_rows(n, L, P)
-    digest = hashlib.sha256()
-    for part in (block.y, block.X, block.Z, block.weights):
-        digest.update(b"" if part is None else np.ascontiguousarray(part).data)
     return LinearMoments(
         names,
         spec,
@@ -410,10 +409,30 @@ def _block_moments(names: Names, spec: Covariance, scale: Scale, block: Block) -
         n,
         total,
         sums,
-        Grams(Z.T @ Z, W.T @ W, W.sum(axis=0)),
-        (Z, W) if keep else None,
-        digest.hexdigest(),
+        Grams(gram[:L, :L].copy(), gram[L:, L:].copy(), W.sum(axis=0)),
+        (np.ascontiguousarray(Z), np.ascontiguousarray(W)) if keep else None,
+        _digest(names, block),
     )
+
+
+def _working_columns(scale: Scale, block: Block) -> Float[ndarray, "S n"]:
+    """Rows Z then (y, X) of working columns, times the root of the weights."""
+    L, P = len(scale.left), len(scale.right)
+    out = np.empty((L + P, len(block.y)))
+    np.matmul(scale.left, block.Z.T, out=out[:L])
+    np.matmul(scale.right.T, np.vstack([block.y, block.X.T]), out=out[L:])
+    if block.weights is not None:
+        out *= np.sqrt(_checked_weights(block.weights))
+    return out
+
+
+def _digest(names: Names, block: Block) -> str:
+    """Hash of the data, column by column; an instrument that is a regressor counts once."""
+    digest = hashlib.sha256()
+    own = [name not in names.parameters for name in names.moments]
+    for part in (block.y, *block.X.T, *block.Z.T[own], block.weights):
+        digest.update(b"" if part is None else np.ascontiguousarray(part).data)
+    return digest.hexdigest()
 
 
 def _sums(C: ndarray, spec: Covariance, clusters: ndarray | None) -> Sums:
