@@ -100,7 +100,14 @@ def shows(output: str, said: str) -> bool:
     """Whether the lines of `said` are among the output's, in order."""
     lines = iter(output.splitlines())
     wanted = [line for line in said.splitlines() if line.strip() and line.strip() != "..."]
-    return all(any(same(want, line) for line in lines) for want in wanted)
+    return all(any(_shows_line(line, want) for line in lines) for want in wanted)
+
+
+def _shows_line(line: str, want: str) -> bool:
+    if want.endswith(" ..."):
+        words = want.split()[:-1]
+        return same(" ".join(words), " ".join(line.split()[: len(words)]))
+    return same(want, line)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -131,7 +138,7 @@ def test_pages_are_found_and_show_output():
 
 
 def test_every_page_and_decision_is_in_the_navigation():
-    listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
+    listed = set(re.findall(r"^ .*?([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.M))
     docs = ROOT / "docs"
     assert listed == {str(page.relative_to(docs)) for page in docs.rglob("*.md")}
 
@@ -149,7 +156,8 @@ def skeleton():
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_skeleton_kernel_leaves_the_target_invariant(case):
-    assert imbalance(transition.step, skeleton(), *case) < 1e-11
+    """Interpreted, which is the same source: compiling `step` for one more kernel is dear."""
+    assert imbalance(transition.step.py_func, skeleton(), *case) < 1e-11
 
 
 def test_skeleton_kernel_runs_in_the_machinery_and_finds_the_target():

@@ -62,6 +62,8 @@ def parse_covariance(text: str | Covariance, centred: bool = False) -> Covarianc
     """
     if isinstance(text, Covariance):
         return replace(text, centred=text.centred or centred)
+    if text.endswith(", centred"):  # as `str` writes it
+        text, centred = text.removesuffix(", centred"), True
     kind, _, rest = text.strip().partition(":")
     if kind in ("iid", "robust") and not rest:
         return Covariance(kind, centred)  # type: ignore[arg-type]

@@ -66,10 +66,10 @@ def sample(
     """
     began = time.perf_counter()
     _check(posterior, method, draws, chains)
-    worst = refuse_improper(posterior)
-    target = posterior.whitened.target
     seed = int(SeedSequence().entropy) % 2**63 if seed is None else seed  # type: ignore[arg-type]
-    with threadpool_limits(1, user_api="blas"):
+    with threadpool_limits(1, user_api="blas"):  # small matrices; and sums in one order
+        worst = refuse_improper(posterior)
+        target = posterior.whitened.target
         if resume is None:
             roots = SeedSequence(seed).spawn(chains + 1)
             plan = _plan(target, method, default_rng(roots[-1]))

@@ -1,0 +1,39 @@
+"""The direction of imports, and what an import may load."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+
+def test_direction_of_imports():
+    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c()"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        (
+            "hakari.inference",
+            ["torch", "linearmodels", "matplotlib", "hakari.inference.transition"],
+        ),
+        ("hakari.run", ["numpy", "hakari.inference"]),
+        ("hakari.cli", ["numpy", "pandas", "numba"]),
+    ],
+)
+def test_an_import_loads_only_its_part(module, unwanted):
+    """`transition` compiles when imported, so it may not be before the first sample."""
+    code = f"import sys, {module}; print([m for m in {unwanted!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_all_that_is_exported_is_there():
+    import hakari.inference as hi
+
+    for name in hi.__all__:
+        assert getattr(hi, name).__doc__, name
