@@ -25,7 +25,7 @@ def place(target, state, tuning):  # type: ignore[no-untyped-def]
 
 @njit(SCREEN, cache=True, nogil=True)
 def log_screen(target, state, u):  # type: ignore[no-untyped-def]
-    """log α₁(state, u) ≤ 0, cheap: it runs before the density at u is known. 0: no screen."""
+    """Log α₁(state, u) ≤ 0, cheap: it runs before the density at u is known. 0: no screen."""
     return 0.0
 
 

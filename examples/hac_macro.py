@@ -16,8 +16,7 @@ import pandas as pd
 import statsmodels.api as sm
 
 import hakari.inference as hi
-from hakari.inference.gmm import estimate
-from hakari.inference.instruments import first_stage, weakness
+from hakari.inference.instruments import weakness
 
 FORMULA = "rate ~ 1 + rate1 + [ahead + unemp ~ infl1 + infl2 + unemp1 + unemp2 + rate2]"
 PRIOR = [  # persistence well inside the unit circle, responses of a point or so a quarter
@@ -51,11 +50,11 @@ def main() -> None:
         columns = ["median", "lower 90%", "upper 90%", "ess_bulk", "r_hat"]
         print(hi.summary(result)[columns].round(3).to_string())
         print("against the draws:", hi.convergence_notes(result) or "nothing")
-        gmm = estimate(moments)
+        gmm = hi.estimate(moments)
         shown = (f"{name} {value:.3f} ({error:.3f})" for name, value, error in _rows(gmm))
         print("GMM:", ", ".join(shown), f"| J {gmm.J.value:.2f}, p {gmm.J.p_value:.2f}")
     print()
-    print(weakness(first_stage(FORMULA, data, "hac:auto")) or "The instruments are strong.")
+    print(weakness(hi.first_stage(FORMULA, data, "hac:auto")) or "The instruments are strong.")
 
 
 def _rows(gmm: object) -> zip:

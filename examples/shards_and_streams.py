@@ -1,6 +1,6 @@
 """Moments of shards on disk and of a stream of batches: the same as of all rows at once.
 
-    python examples/shards_and_streams.py
+python examples/shards_and_streams.py
 """
 
 from __future__ import annotations

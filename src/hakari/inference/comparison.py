@@ -149,12 +149,12 @@ def _tables(
     read = read_blocks(parse_formula(formula), data, weights, spec.column, missing)
     whole = list(read)
     columns, blocks = whole[0][0], [block for _, block in whole]
-    exogenous = len(columns.regressors) - len(columns.endogenous)
+    exogenous = len(columns.parameters) - len(columns.endogenous)
     X, Z = np.vstack([b.X for b in blocks]), np.vstack([b.Z for b in blocks])
     parts = {
-        "exog": (X[:, :exogenous], columns.regressors[:exogenous]),
+        "exog": (X[:, :exogenous], columns.parameters[:exogenous]),
         "endog": (X[:, exogenous:], columns.endogenous),
-        "instruments": (Z[:, exogenous:], columns.instruments[exogenous:]),
+        "instruments": (Z[:, exogenous:], columns.moments[exogenous:]),
     }
     table: dict[str, Any] = {
         name: pd.DataFrame(values, columns=labels) if labels else None

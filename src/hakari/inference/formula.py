@@ -24,8 +24,21 @@ from formulaic import Formula as Terms
 from formulaic import ModelSpec
 from numpy import ndarray
 
+from hakari.inference.design import Block, Names, refuse_not_finite
+
 BLOCK_ROWS = 65_536
 Missing = Literal["raise", "drop"]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Columns to read: those required, and words of the formula that may be columns.
+
+    formulaic counts `lag`, `exp` or `poly` as its functions, also where a column bears the name.
+    """
+
+    required: tuple[str, ...]
+    words: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -38,33 +51,12 @@ class Formula:
     endogenous: str
     instruments: str
 
-    def required(self) -> list[str]:
-        """Names of the columns that the terms use."""
-        names: set[str] = set()
+    def wanted(self, *more: str) -> Wanted:
+        """The columns that the terms use, and `more`."""
+        names: set[str] = set(more)
         for part in (self.dependent, self.exogenous, self.endogenous, self.instruments):
             names |= {str(name) for name in Terms(part).required_variables}
-        return sorted(names)
-
-
-@dataclass(frozen=True)
-class Block:
-    """Rows of a design: y (n,), X (n, K), Z (n, L), weights (n,) and clusters (n,) or None."""
-
-    y: ndarray
-    X: ndarray
-    Z: ndarray
-    weights: ndarray | None
-    clusters: ndarray | None
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Names of the columns of X (K) and Z (L), and the positions of endogenous and excluded."""
-
-    dependent: str
-    regressors: list[str]
-    instruments: list[str]
-    endogenous: list[str]
+        return Wanted(tuple(sorted(names)), frozenset(re.findall(r"\w+", self.text)))
 
 
 def parse_formula(text: str) -> Formula:
@@ -92,24 +84,23 @@ def read_blocks(
     weights: str | None = None,
     clusters: str | None = None,
     missing: Missing = "raise",
-) -> Iterator[tuple[Columns, Block]]:
+) -> Iterator[tuple[Names, Block]]:
     """Blocks of the design, read once, in order, each of at most `BLOCK_ROWS` rows.
 
     data: a pandas or polars frame, anything narwhals or Arrow knows, a dict of arrays, the
     path of a CSV or Parquet file or folder, or an iterable of Arrow record batches or frames.
     missing: `raise` names the columns with missing values; `drop` leaves those rows out.
     """
-    needed = formula.required() + [name for name in (weights, clusters) if name]
-    tables, levels = _open(data, list(dict.fromkeys(needed)))
+    tables, levels = _open(data, formula.wanted(*(name for name in (weights, clusters) if name)))
     specs: list[ModelSpec] | None = None
-    columns: Columns | None = None
+    names: Names | None = None
     plain = False
     first_row, complete = 0, 0
     for raw in tables:
         rows = len(raw)
         first_row += rows
-        block = _plain_block(columns, raw, weights) if columns and plain else None
-        if columns is None or block is None:
+        block = _plain_block(names, raw, weights) if names and plain else None
+        if names is None or block is None:
             frame = raw.to_pandas() if isinstance(raw, pa.RecordBatch) else raw
             frame = _drop_missing(frame, first_row - rows, missing)
             if not len(frame):
@@ -117,13 +108,13 @@ def read_blocks(
             frame = _with_levels(frame, levels)
             matrices = _materialise(formula, frame, specs)
             specs = [matrix.model_spec for matrix in matrices]
-            block, names = _assemble(matrices, frame, weights, clusters)
-            columns = columns or names
+            block, found = _assemble(matrices, frame, weights, clusters)
+            names = names or found
             plain = clusters is None and all(_is_plain(spec) for spec in specs)
-            _refuse_infinite(columns, block, first_row - rows)
+            refuse_not_finite(names, block, first_row - rows)
         complete += len(block.y)
-        yield columns, block
-    if columns is None:
+        yield names, block
+    if names is None:
         raise ValueError(
             f"no complete rows: {first_row} rows read, {complete} without missing values"
         )
@@ -161,23 +152,23 @@ def _is_plain(spec: ModelSpec) -> bool:
 
 
 def _plain_block(
-    columns: Columns, table: pd.DataFrame | pa.RecordBatch, weights: str | None
+    names: Names, table: pd.DataFrame | pa.RecordBatch, weights: str | None
 ) -> Block | None:
     """The block of plain terms, without pandas or formulaic, which take as long as all the sums.
 
     None where a column is not of numbers, or one of them is missing or infinite: then
     the long way says what is wrong. X and Z are stored column by column.
     """
-    wanted = dict.fromkeys([columns.dependent, *columns.regressors, *columns.instruments])
+    wanted = dict.fromkeys([names.dependent, *names.parameters, *names.moments])
     arrays = {name: _numbers(table, name) for name in wanted if name != CONSTANT}
     weight = None if weights is None else _numbers(table, weights)
     if any(a is None for a in arrays.values()) or (weights is not None and weight is None):
         return None
-    X, Z = (np.empty((len(part), len(table))) for part in (columns.regressors, columns.instruments))
-    for part, matrix in ((columns.regressors, X), (columns.instruments, Z)):
+    X, Z = (np.empty((len(part), len(table))) for part in (names.parameters, names.moments))
+    for part, matrix in ((names.parameters, X), (names.moments, Z)):
         for name, row in zip(part, matrix, strict=True):
             row[:] = 1.0 if name == CONSTANT else arrays[name]
-    y = np.asarray(arrays[columns.dependent], dtype=float)
+    y = np.asarray(arrays[names.dependent], dtype=float)
     return Block(y, X.T, Z.T, None if weight is None else np.asarray(weight, dtype=float), None)
 
 
@@ -199,7 +190,7 @@ def _numbers(table: pd.DataFrame | pa.RecordBatch, name: str) -> ndarray | None:
 
 def _assemble(
     matrices: list[Any], frame: pd.DataFrame, weights: str | None, clusters: str | None
-) -> tuple[Block, Columns]:
+) -> tuple[Block, Names]:
     dependent, exogenous, endogenous, instruments = matrices
     if dependent.shape[1] != 1:
         raise ValueError(
@@ -214,38 +205,38 @@ def _assemble(
         None if weights is None else frame[weights].to_numpy(dtype=float),
         None if clusters is None else frame[clusters].to_numpy(),
     )
-    names = Columns(
+    names = Names(
+        (*map(str, exogenous.columns), *map(str, endogenous.columns)),
+        (*map(str, exogenous.columns), *map(str, instruments.columns)),
+        tuple(map(str, endogenous.columns)),
         str(dependent.columns[0]),
-        [*map(str, exogenous.columns), *map(str, endogenous.columns)],
-        [*map(str, exogenous.columns), *map(str, instruments.columns)],
-        [*map(str, endogenous.columns)],
     )
     return block, names
 
 
 def _open(
-    data: Any, needed: list[str]
+    data: Any, wanted: Wanted
 ) -> tuple[Iterator[pd.DataFrame | pa.RecordBatch], dict[str, list[Any]]]:
     """Tables with the needed columns, and the levels of the text columns where they are known."""
     if isinstance(data, str | Path):
         data = _dataset(Path(data))
         if isinstance(data.format, pads.ParquetFileFormat):
-            _require(needed, data.schema.names)
+            needed = _choose(wanted, data.schema.names)
             return _parquet_batches(data, needed), _dataset_levels(data, needed)
     if isinstance(data, dict):
         data = pd.DataFrame(data)
     if isinstance(data, pa.RecordBatchReader) or (
         isinstance(data, Iterable) and not hasattr(data, "columns") and not hasattr(data, "schema")
     ):
-        return _from_stream(data, needed), {}
+        return _from_stream(data, wanted), {}
     if isinstance(data, pads.Dataset):
-        _require(needed, data.schema.names)
+        needed = _choose(wanted, data.schema.names)
         batches = data.to_batches(
             columns=needed, batch_size=BLOCK_ROWS, batch_readahead=2, fragment_readahead=1
         )
         return batches, _dataset_levels(data, needed)
     frame = _to_pandas(data)
-    _require(needed, list(frame.columns))
+    needed = _choose(wanted, list(frame.columns))
     frame = frame[needed]
     text = [name for name in needed if not pd.api.types.is_numeric_dtype(frame[name])]
     levels = {
@@ -281,7 +272,7 @@ def _parquet_batches(data: pads.FileSystemDataset, needed: list[str]) -> Iterato
     for path in data.files:
         source = data.filesystem.open_input_file(path)
         with pq.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False) as file:
-            _require(needed, file.schema_arrow.names)
+            _choose(Wanted(tuple(needed)), file.schema_arrow.names)
             yield from file.iter_batches(BLOCK_ROWS, columns=needed)
 
 
@@ -302,10 +293,10 @@ def _dataset_levels(data: pads.Dataset, needed: list[str]) -> dict[str, list[Any
     return {name: sorted(values, key=str) for name, values in seen.items()}
 
 
-def _from_stream(data: Iterable[Any], needed: list[str]) -> Iterator[pd.DataFrame]:
+def _from_stream(data: Iterable[Any], wanted: Wanted) -> Iterator[pd.DataFrame]:
     for batch in data:
         frame = _to_pandas(batch)
-        _require(needed, list(frame.columns))
+        needed = _choose(wanted, list(frame.columns))
         frame = frame[needed]
         text = [n for n in needed if frame[n].dtype.kind in "OUT" if frame[n].dtype != "category"]
         if text:
@@ -331,13 +322,16 @@ def _to_pandas(data: Any) -> pd.DataFrame:
         ) from None
 
 
-def _require(needed: list[str], available: list[str]) -> None:
-    for name in needed:
+def _choose(wanted: Wanted, available: list[str]) -> list[str]:
+    """The columns to read; raises ValueError, with the nearest name, for one that is not there."""
+    for name in wanted.required:
         if name not in available:
             near = difflib.get_close_matches(name, [str(c) for c in available], 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             shown = ", ".join(map(str, available[:20])) + (", ..." if len(available) > 20 else "")
             raise ValueError(f"no column {name!r} in the data{hint} (columns: {shown})")
+    extra = [name for name in available if name in wanted.words - {*wanted.required}]
+    return [*wanted.required, *extra]
 
 
 def _drop_missing(frame: pd.DataFrame, first_row: int, missing: Missing) -> pd.DataFrame:
@@ -361,19 +355,3 @@ def _with_levels(frame: pd.DataFrame, levels: dict[str, list[Any]]) -> pd.DataFr
     return frame.assign(
         **{name: pd.Categorical(frame[name], categories=kept) for name, kept in levels.items()}
     )
-
-
-def _refuse_infinite(columns: Columns, block: Block, first_row: int) -> None:
-    parts = [
-        ([columns.dependent], block.y[:, None]),
-        (columns.regressors, block.X),
-        (columns.instruments, block.Z),
-    ]
-    for names, matrix in parts:
-        bad = ~np.isfinite(matrix)
-        if bad.any():
-            row, column = np.argwhere(bad)[0]
-            raise ValueError(
-                f"{names[column]} is {matrix[row, column]} in {int(bad[:, column].sum())} rows "
-                f"near row {first_row + int(row)}: values must be finite"
-            )

@@ -31,6 +31,7 @@ class Tail:
 
     barrier: float
     decay: float
+    depth: float  # log units between the mode's shell and the highest one far out
     direction: Float[ndarray, " K"]
     coefficient: str
 
@@ -38,6 +39,15 @@ class Tail:
     def improper(self) -> bool:
         """The shells' mass does not fall far out."""
         return self.decay > -0.05
+
+    @property
+    def moments_missing(self) -> str:
+        """Which of mean and variance the tail leaves without a value, if it is within reach."""
+        if self.depth > BARRIER or self.decay < -2.05:
+            return ""
+        if self.decay < -1.05:
+            return f"the variance of {self.coefficient} does not exist"
+        return f"neither mean nor variance of {self.coefficient} exists"
 
     @property
     def acceptable(self) -> bool:
@@ -57,10 +67,12 @@ def tail(posterior: QuasiPosterior) -> Tail:
     for d, density in zip(rays, densities, strict=True):
         mass = density + len(d) * np.log(_RADII)
         found = _read(mass, 4 + 4 * np.sqrt(len(d)))
-        if worst is None or found < (worst.barrier, -worst.decay):
+        if worst is None or found < (worst.barrier, -worst.decay, worst.depth):
             ray = white.factor @ d
             share = np.abs(ray) / np.sqrt((white.factor**2).sum(axis=1))
-            worst = Tail(found[0], -found[1], ray, names[_named(share, names, endogenous)])
+            worst = Tail(
+                found[0], -found[1], found[2], ray, names[_named(share, names, endogenous)]
+            )
     assert worst is not None
     return worst
 
@@ -76,9 +88,14 @@ def refuse_improper(posterior: QuasiPosterior) -> Tail:
         f"the quasi-posterior ({form}) is improper under this prior: along {name} its mass falls "
         f"by only {max(worst.barrier, 0.0):.1f} log units (at least {BARRIER:g} are needed) before "
         f"it stops falling. The data identify {name} weakly, or there are too few rows. Give a "
-        f"proper prior, such as Normal(0, 1, names=[{name!r}]) (--prior '{name}=normal(0, 1)'), or "
-        "use weighting='two-step'"
+        f"proper prior on it ({_way_out(posterior, name)}), or use weighting='two-step'"
     )
+
+
+def _way_out(posterior: QuasiPosterior, name: str) -> str:
+    if name in posterior.moments.names.endogenous and posterior.moments.grams is not None:
+        return "such as weak_prior(moments), --prior weak"
+    return f"such as Normal(mean, variance, names=[{name!r}]), --prior '{name}=normal(MEAN, SD)'"
 
 
 def _named(share: Float[ndarray, " K"], names: tuple[str, ...], endogenous: tuple[str, ...]) -> int:
@@ -87,17 +104,18 @@ def _named(share: Float[ndarray, " K"], names: tuple[str, ...], endogenous: tupl
     return max(weak, key=lambda k: share[k]) if weak else int(share.argmax())
 
 
-def _read(mass: Float[ndarray, " S"], inside: float) -> tuple[float, float]:
-    """(barrier, −decay) of log shell masses on log-spaced radii; the mode's shell is `inside`."""
+def _read(mass: Float[ndarray, " S"], inside: float) -> tuple[float, float, float]:
+    """(barrier, −decay, depth) of log shell masses on log-spaced radii; the mode's shell is `inside`."""
     span = np.log(_RADII[-1] / _RADII[-5])
     decay = float((mass[-1] - mass[-5]) / span) if np.isfinite(mass[-1]) else -np.inf
     near = int(mass[inside > _RADII].argmax())
     peak = mass[near]
     if near == 0 or not np.isfinite(peak):
-        return 0.0, -decay
+        return 0.0, -decay, 0.0
+    depth = float(peak - mass[_RADII > 100].max())
     if decay <= -0.05:
-        return np.inf, -decay
-    return float(peak - mass[near:].min()), -decay
+        return np.inf, -decay, depth
+    return float(peak - mass[near:].min()), -decay, depth
 
 
 def _directions(factor: Float[ndarray, "K K"]) -> list[Float[ndarray, " K"]]:

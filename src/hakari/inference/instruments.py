@@ -20,9 +20,10 @@ from scipy.linalg import solve_triangular
 from scipy.stats import chi2, f, ncx2
 
 from hakari.inference.covariance import Covariance, parse_covariance, products, unpack
-from hakari.inference.formula import Block, Columns, Missing, parse_formula, read_blocks
+from hakari.inference.design import Block, Names, stack_blocks
+from hakari.inference.formula import Missing, parse_formula, read_blocks
 from hakari.inference.gmm import Statistic
-from hakari.inference.moments import LinearMoments, stack_blocks
+from hakari.inference.moments import LinearMoments
 
 BIAS = 0.10  # τ: the share of the worst case's bias that strong instruments may leave
 SIZE = 0.05  # α: of the test that instruments are weak
@@ -88,10 +89,10 @@ def first_stage(
         whole = list(blocks)
         blocks = iter([(whole[0][0], stack_blocks([block for _, block in whole]))])
     sums: list[LinearMoments] = []
-    for columns, block in blocks:
-        part = _sums(columns, block, spec)
+    for found, block in blocks:
+        part = _sums(found, block, spec)
         sums = [a + b for a, b in zip(sums, part, strict=True)] if sums else part
-    return _first_stage(sums, columns, spec)
+    return _first_stage(sums, found, spec)
 
 
 def first_stage_arrays(
@@ -109,22 +110,22 @@ def first_stage_arrays(
     names: of the K regressors; those that are not among instrument_names are endogenous.
     """
     endogenous = [name for name in names if name not in instrument_names]
-    columns = Columns("y", list(names), list(instrument_names), endogenous)
+    every = Names(tuple(names), tuple(instrument_names), tuple(endogenous))
     X, Z = np.asarray(X, dtype=float), np.asarray(Z, dtype=float)
     labels = None if clusters is None else np.asarray(clusters)
     spec = parse_covariance(covariance)
-    return _first_stage(_sums(columns, Block(X[:, 0], X, Z, weights, labels), spec), columns, spec)
+    return _first_stage(_sums(every, Block(X[:, 0], X, Z, weights, labels), spec), every, spec)
 
 
-def _sums(columns: Columns, block: Block, spec: Covariance) -> list[LinearMoments]:
+def _sums(names: Names, block: Block, spec: Covariance) -> list[LinearMoments]:
     """Moments of the model, for cross products only, and of each first stage."""
-    where = [columns.regressors.index(name) for name in columns.endogenous]
+    where = [names.parameters.index(name) for name in names.endogenous]
     model = LinearMoments.from_arrays(
         block.X[:, where[0]] if where else block.y,
         block.X,
         block.Z,
-        names=columns.regressors,
-        instrument_names=columns.instruments,
+        names=names.parameters,
+        instrument_names=names.moments,
         covariance="iid",
         weights=block.weights,
     )
@@ -132,8 +133,8 @@ def _sums(columns: Columns, block: Block, spec: Covariance) -> list[LinearMoment
         LinearMoments.from_arrays(
             block.X[:, k],
             block.Z,
-            names=columns.instruments,
-            instrument_names=columns.instruments,
+            names=names.moments,
+            instrument_names=names.moments,
             covariance=spec,
             weights=block.weights,
             clusters=block.clusters,
@@ -142,14 +143,14 @@ def _sums(columns: Columns, block: Block, spec: Covariance) -> list[LinearMoment
     ]
 
 
-def _first_stage(sums: list[LinearMoments], columns: Columns, spec: Covariance) -> FirstStage:
+def _first_stage(sums: list[LinearMoments], names: Names, spec: Covariance) -> FirstStage:
     model, *stages = sums
     model.check()
-    shared = [k for k, name in enumerate(columns.instruments) if name in columns.regressors]
-    excluded = tuple(n for n in columns.instruments if n not in columns.regressors)
+    shared = [k for k, name in enumerate(names.moments) if name in names.parameters]
+    excluded = tuple(n for n in names.moments if n not in names.parameters)
     cross, gram = _cross_products(model, shared) if stages else (np.empty(0), np.empty(0))
     found = []
-    for j, (name, stage) in enumerate(zip(columns.endogenous, stages, strict=True)):
+    for j, (name, stage) in enumerate(zip(names.endogenous, stages, strict=True)):
         others = [k for k in range(len(stages)) if k != j]
         contrast = np.zeros(len(stages))
         contrast[j] = 1

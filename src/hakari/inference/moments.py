@@ -39,32 +39,21 @@ from hakari.inference.covariance import (
     robust_sums_general,
     unpack,
 )
-from hakari.inference.formula import Block, Columns, Missing, parse_formula, read_blocks
+from hakari.inference.design import (
+    Block,
+    Names,
+    array_names,
+    check_counts,
+    checked_weights,
+    involved,
+    refuse_collinear,
+    refuse_not_finite,
+    stack_blocks,
+)
+from hakari.inference.formula import Missing, parse_formula, read_blocks
+from hakari.inference.scaling import Scale, first_scale, or_one
 
 Sums = RobustSums | ClusterSums | HacSums | None
-
-
-@dataclass(frozen=True)
-class Names:
-    """Names of the parameters (K) and the moments (L); `endogenous` are parameters."""
-
-    parameters: tuple[str, ...]
-    moments: tuple[str, ...]
-    endogenous: tuple[str, ...] = ()
-    dependent: str = "y"
-
-    @property
-    def excluded(self) -> tuple[str, ...]:
-        """Instruments that are not regressors."""
-        return tuple(name for name in self.moments if name not in self.parameters)
-
-
-@dataclass(frozen=True)
-class Scale:
-    """The working columns: C̃_i = left C_i right, left (L, L) and right (K+1, K+1) invertible."""
-
-    left: Float[ndarray, "L L"]
-    right: Float[ndarray, "P P"]
 
 
 @dataclass(frozen=True)
@@ -173,7 +162,7 @@ class LinearMoments:
                 raise ValueError(f"{label} has {len(a)} rows, y has {len(y)}")
         if spec.kind == "cluster" and clusters is None:
             raise ValueError("covariance 'cluster' needs clusters=, one label a row")
-        columns = _array_columns(X, Z, names, instrument_names)
+        labels = array_names(X, Z, names, instrument_names)
         block = Block(
             y,
             X,
@@ -181,8 +170,8 @@ class LinearMoments:
             weights,
             None if clusters is None else np.asarray(clusters),
         )
-        _require_finite(columns, block)
-        return cls._from_blocks([(columns, block)], spec)
+        refuse_not_finite(labels, block)
+        return cls._from_blocks([(labels, block)], spec)
 
     @classmethod
     def from_moments(
@@ -214,11 +203,11 @@ class LinearMoments:
             tuple(names or (f"theta{k}" for k in range(K))),
             tuple(moment_names or (f"moment{m}" for m in range(L))),
         )
-        _check_counts(label, L, K)
+        check_counts(label, L, K)
         C = np.concatenate([g[:, :, None], G], axis=2)
         size = np.sqrt((C**2).mean(axis=0))
-        right = 1 / _or_one(size.max(axis=0))
-        left = 1 / _or_one((size * right).max(axis=1))
+        right = 1 / or_one(size.max(axis=0))
+        left = 1 / or_one((size * right).max(axis=1))
         scale = Scale(np.diag(left), np.diag(right))
         C = scale.left @ C @ scale.right
         if spec.kind == "hac" and spec.bandwidth is None:
@@ -230,9 +219,7 @@ class LinearMoments:
         return cls(label, spec, scale, len(C), C.sum(axis=0), sums, None, None, digest)
 
     @classmethod
-    def _from_blocks(
-        cls, blocks: Iterable[tuple[Columns, Block]], spec: Covariance
-    ) -> LinearMoments:
+    def _from_blocks(cls, blocks: Iterable[tuple[Names, Block]], spec: Covariance) -> LinearMoments:
         """Sum the blocks in order; rows are handed to two threads, sums stay in order.
 
         One BLAS thread each: on a busy machine BLAS's own threads wait for one another.
@@ -240,11 +227,10 @@ class LinearMoments:
         whole: LinearMoments | None = None
         with threadpool_limits(1, "blas"), ThreadPoolExecutor(2) as pool:
             pending: list[Any] = []
-            for columns, block in blocks:
+            for names, block in blocks:
                 if whole is None and not pending:
-                    names = _names(columns)
-                    _check_counts(names, block.Z.shape[1], block.X.shape[1])
-                    scale = _first_scale(block)
+                    check_counts(names, block.Z.shape[1], block.X.shape[1])
+                    scale = first_scale(block)
                 pending.append(pool.submit(_block_moments, names, spec, scale, block))
                 if len(pending) > 2:
                     whole = _plus(whole, pending.pop(0).result())
@@ -252,6 +238,8 @@ class LinearMoments:
                 whole = _plus(whole, last.result())
         if whole is None:
             raise ValueError("no rows of data")
+        if whole.grams is not None and not whole.grams.instruments.any():
+            raise ValueError("weights sum to 0: at least one must be positive")
         return whole
 
     # --- merging -----------------------------------------------------------------------
@@ -365,8 +353,8 @@ class LinearMoments:
         if self.n <= self.L:
             raise ValueError(f"{self.n} rows for {self.L} moments: Ω is singular; need n > L")
         if self.grams is not None:
-            _refuse_collinear(self.grams.instruments, names.moments, "instruments (Z)")
-            _refuse_collinear(self.grams.regression[1:, 1:], names.parameters, "regressors (X)")
+            refuse_collinear(self.grams.instruments, names.moments, "instruments (Z)")
+            refuse_collinear(self.grams.regression[1:, 1:], names.parameters, "regressors (X)")
         slope = self.mean_C[:, 1:]
         if self.grams is not None:
             for side, gram in ((0, self.grams.instruments), (1, self.grams.regression[1:, 1:])):
@@ -377,7 +365,7 @@ class LinearMoments:
         if strength[-1] <= 1e-9 * max(strength[0], 1e-300):
             _, _, axes = np.linalg.svd(slope)
             raise ValueError(
-                f"the moments do not identify {_involved(axes[-1], names.parameters)}: the rank of "
+                f"the moments do not identify {involved(axes[-1], names.parameters)}: the rank of "
                 f"Z'X is {int((strength > 1e-9 * strength[0]).sum())}, {self.K} is needed"
             )
 
@@ -422,7 +410,7 @@ def _working_columns(scale: Scale, block: Block) -> Float[ndarray, "S n"]:
     np.matmul(scale.left, block.Z.T, out=out[:L])
     np.matmul(scale.right.T, np.vstack([block.y, block.X.T]), out=out[L:])
     if block.weights is not None:
-        out *= np.sqrt(_checked_weights(block.weights))
+        out *= np.sqrt(checked_weights(block.weights))
     return out
 
 
@@ -432,6 +420,8 @@ def _digest(names: Names, block: Block) -> str:
     own = [name not in names.parameters for name in names.moments]
     for part in (block.y, *block.X.T, *block.Z.T[own], block.weights):
         digest.update(b"" if part is None else np.ascontiguousarray(part).data)
+    if block.clusters is not None:
+        digest.update("\x1f".join(map(str, block.clusters)).encode())
     return digest.hexdigest()
 
 
@@ -460,142 +450,3 @@ def _two_stage(total: ndarray, gram: ndarray) -> Float[ndarray, " P"]:
     moved = solve_triangular(root, total, lower=True)
     theta = np.linalg.lstsq(moved[:, 1:], -moved[:, 0], rcond=None)[0]
     return np.concatenate([[1.0], theta])
-
-
-def _first_scale(block: Block) -> Scale:
-    """Centre on a constant column where there is one, scale, and take the outcome's fit away.
-
-    The covariance is a difference of outcome and fit: with an R² near one the tensor of the
-    outcome itself would lose the residual's digits, so its column holds a first residual.
-    """
-    W = np.column_stack([block.y, block.X])
-    right = _scaling(W, regressors=1).T
-    scaled = W @ right
-    fit = np.linalg.lstsq(scaled[:, 1:], scaled[:, 0], rcond=1e-10)[0]
-    right[:, 0] -= right[:, 1:] @ fit
-    right[:, 0] /= max(float((W @ right[:, 0]).std()), 1e-8)
-    return Scale(_scaling(block.Z), right)
-
-
-def _scaling(columns: Float[ndarray, "n S"], regressors: int = 0) -> Float[ndarray, "S S"]:
-    """M with M @ row = the row centred and scaled, by a constant column if there is one.
-
-    Only columns from `regressors` on can serve as the constant: the outcome cannot.
-    """
-    mean, spread = columns.mean(axis=0), columns.std(axis=0)
-    flat = spread <= 1e-12 * np.abs(mean)
-    constants = np.flatnonzero(flat & (mean != 0) & (np.arange(len(mean)) >= regressors))
-    size = _or_one(np.sqrt((columns**2).mean(axis=0)))
-    if not len(constants):
-        return np.diag(1 / size)
-    constant = int(constants[0])
-    scale = np.where(flat, size, _or_one(spread))
-    matrix = np.diag(1 / scale)
-    move = np.where(flat, 0.0, -mean / (mean[constant] * scale))
-    matrix[:, constant] += move
-    matrix[constant, constant] = 1 / mean[constant]
-    return matrix
-
-
-def _or_one(size: ndarray) -> ndarray:
-    return np.where((size > 0) & np.isfinite(size), size, 1.0)
-
-
-# --- checks -----------------------------------------------------------------------------
-
-
-def _checked_weights(weights: ndarray) -> ndarray:
-    if not np.isfinite(weights).all() or (weights < 0).any():
-        worst = weights[~(np.isfinite(weights) & (weights >= 0))][0]
-        raise ValueError(f"weight {worst}: weights must be finite and at least 0")
-    if not weights.sum() > 0:
-        raise ValueError(f"weights sum to {weights.sum():g}: at least one must be positive")
-    return weights
-
-
-def _check_counts(names: Names, L: int, K: int) -> None:
-    if len(names.parameters) != K or len(names.moments) != L:
-        raise ValueError(
-            f"{len(names.parameters)} names for {K} parameters and {len(names.moments)} for {L} "
-            "moments"
-        )
-    for label in (names.parameters, names.moments):
-        twice = {name for name in label if label.count(name) > 1}
-        if twice:
-            raise ValueError(f"name {sorted(twice)[0]!r} appears twice: {', '.join(label)}")
-    if L < K:
-        raise ValueError(
-            f"{L} instruments for {K} parameters: add {K - L} instrument{'s' * (K - L > 1)} or "
-            f"drop a regressor (instruments: {', '.join(names.moments)}; "
-            f"regressors: {', '.join(names.parameters)})"
-        )
-
-
-def _refuse_collinear(gram: ndarray, names: Sequence[str], what: str) -> None:
-    size = np.sqrt(np.diag(gram))
-    for name, value in zip(names, size, strict=True):
-        if value == 0:
-            raise ValueError(f"{name} is zero in every row: drop it from the {what}")
-    values, vectors = np.linalg.eigh(gram / np.multiply.outer(size, size))
-    if values[0] <= 1e-11 * len(names):
-        raise ValueError(
-            f"collinear {what}: {_involved(vectors[:, 0], names)} are linearly dependent "
-            f"(condition number {np.sqrt(values[-1] / max(values[0], 1e-300)):.1e}); drop one"
-        )
-
-
-def _involved(vector: ndarray, names: Sequence[str]) -> str:
-    weight = np.abs(vector)
-    return ", ".join(n for n, w in zip(names, weight, strict=True) if w > 1e-3 * weight.max())
-
-
-def _require_finite(columns: Columns, block: Block) -> None:
-    parts = [
-        ([columns.dependent], block.y[:, None]),
-        (columns.regressors, block.X),
-        (columns.instruments, block.Z),
-    ]
-    for names, matrix in parts:
-        bad = ~np.isfinite(matrix)
-        if bad.any():
-            row, column = np.argwhere(bad)[0]
-            raise ValueError(
-                f"{names[column]} is {matrix[row, column]} in row {row}, and {int(bad.sum()) - 1} "
-                "more values are not finite: drop or fill those rows first"
-            )
-
-
-def _array_columns(
-    X: ndarray, Z: ndarray, names: Sequence[str] | None, instruments: Sequence[str] | None
-) -> Columns:
-    regressors = list(names) if names is not None else [f"x{k}" for k in range(X.shape[1])]
-    if len(regressors) != X.shape[1]:
-        raise ValueError(f"{len(regressors)} names for {X.shape[1]} columns of X")
-    if instruments is None:
-        instruments = []
-        for index in range(Z.shape[1]):
-            same = [k for k in range(X.shape[1]) if np.array_equal(Z[:, index], X[:, k])]
-            instruments.append(regressors[same[0]] if same else f"z{index}")
-    endogenous = [name for name in regressors if name not in instruments]
-    return Columns("y", regressors, list(instruments), endogenous)
-
-
-def _names(columns: Columns) -> Names:
-    return Names(
-        tuple(columns.regressors),
-        tuple(columns.instruments),
-        tuple(columns.endogenous),
-        columns.dependent,
-    )
-
-
-def stack_blocks(blocks: list[Block]) -> Block:
-    """One block of all rows, without cluster labels."""
-    weights = [b.weights for b in blocks if b.weights is not None]
-    return Block(
-        np.concatenate([b.y for b in blocks]),
-        np.vstack([b.X for b in blocks]),
-        np.vstack([b.Z for b in blocks]),
-        np.concatenate(weights) if weights else None,
-        None,
-    )

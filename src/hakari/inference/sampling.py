@@ -51,14 +51,15 @@ def sample(
         one from the system and records it.
     warmup: iterations a chain that tune the proposal and are not kept; default 1,000 or 40 K.
     progress: a progress bar on the error stream.
-    resume: an earlier result of the same posterior; its draws are kept and continued.
+    resume: an earlier result of the same posterior; its draws are kept, and its chains continue
+        with their kernel and streams (method, chains, seed and warmup are not read).
 
     Chains run through joblib (threads here; inside `joblib.parallel_config(backend=...)`
     wherever that says). Ctrl-C returns the draws so far, `attrs["interrupted"]` is 1.
     Raises ValueError for unknown methods, an improper posterior, or a kernel that does not
     fit the prior, before any draw.
 
-    >>> X = np.random.default_rng(1).standard_normal((100, 2))
+    >>> X = np.random.default_rng(1).standard_normal((400, 2))
     >>> from hakari.inference import LinearMoments
     >>> moments = LinearMoments.from_arrays(X @ [1.0, 2.0] + X[:, 0] ** 2, X)
     >>> sample(QuasiPosterior(moments), draws=100, chains=2, seed=1)["posterior"]["theta"].shape
@@ -84,7 +85,13 @@ def sample(
     if earlier is not None:
         kept = earlier.followed_by(kept)
     times = {"warmup_seconds": warm - began, "sampling_seconds": time.perf_counter() - warm}
-    settings = {"seed": seed, "draws": draws, "chains": chains, "tail_barrier": worst.barrier}
+    settings = {
+        "seed": seed,
+        "draws": draws,
+        "chains": chains,
+        "tail_barrier": worst.barrier,
+        "moments_missing": worst.moments_missing,
+    }
     return to_datatree(posterior, plan, groups, kept, settings | times, interrupted)
 
 
@@ -119,9 +126,10 @@ def _plan(target: Target, method: str, generator: Generator) -> Plan:
     )
     if fit.k_hat < 0.7 and fit.acceptance > 0.1:
         return Plan("independence", f"the reference fits ({pilot})", fit)
-    if fit.k_hat < 1.0:
-        return Plan("preconditioned", f"independent proposals would get stuck ({pilot})", fit)
-    return Plan("da", f"the tails outweigh any reference, so a local walk ({pilot})", None)
+    if fit.acceptance > 0.005:
+        cause = "accepted too seldom" if fit.acceptance <= 0.1 else "short of the tails"
+        return Plan("preconditioned", f"independent proposals are {cause} ({pilot})", fit)
+    return Plan("da", f"no reference fits, so a local walk ({pilot})", None)
 
 
 # --- positions ----------------------------------------------------------------------------
