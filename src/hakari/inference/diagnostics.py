@@ -145,14 +145,10 @@ def convergence_notes(result: xr.DataTree) -> list[str]:
             f"Pareto k-hat of the proposals is {k_hat:.2f}, over 0.7: the tails may be "
             "undersampled; try method='preconditioned' or 'da'"
         )
-    decay = float(result.attrs.get("tail_decay", -np.inf))
-    if decay > -2.05:
-        lacking = (
-            "neither mean nor variance exists" if decay > -1.05 else "the variance does not exist"
-        )
+    missing = result.attrs.get("moments_missing", "")
+    if missing:
         notes.append(
-            f"under this prior the tail falls like a power of {-decay:.0f} of the distance, so that "
-            f"{lacking}: read median and intervals, or give a proper prior"
+            f"under this prior {missing}: read median and intervals, or give a proper prior"
         )
     low = frame[["ess_bulk", "ess_tail"]].min(axis=1)
     if low.min() < 400:

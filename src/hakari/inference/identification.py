@@ -105,7 +105,7 @@ def _named(share: Float[ndarray, " K"], names: tuple[str, ...], endogenous: tupl
 
 
 def _read(mass: Float[ndarray, " S"], inside: float) -> tuple[float, float, float]:
-    """(barrier, −decay, depth) of log shell masses on log-spaced radii; the mode's shell is `inside`."""
+    """(barrier, −decay, depth) of log shell masses on `_RADII`; the mode's shell is `inside`."""
     span = np.log(_RADII[-1] / _RADII[-5])
     decay = float((mass[-1] - mass[-5]) / span) if np.isfinite(mass[-1]) else -np.inf
     near = int(mass[inside > _RADII].argmax())
