@@ -142,8 +142,8 @@ def grow(n: int, K: int, quick: bool) -> dict[str, Any]:
         ess = hi.multivariate_ess(result)
         iterations = result.attrs["iterations"]
         rows[kernel] = {
-            "mess_per_iteration": ess.value / iterations,
-            "mess_per_second": ess.value / result.attrs["sampling_seconds"],
+            "mess_per_iteration": _number(ess.value / iterations),
+            "mess_per_second": _number(ess.value / result.attrs["sampling_seconds"]),
             "seconds": result.attrs["sampling_seconds"],
             "acceptance": float(result["checks"]["acceptance"].mean()),
             "evaluations_per_iteration": result.attrs["evaluations"] / iterations,
@@ -151,6 +151,11 @@ def grow(n: int, K: int, quick: bool) -> dict[str, Any]:
         }
     Console().print(f"growth n = {n}, K = {K} done")
     return {"n": n, "K": K, "kernels": rows}
+
+
+def _number(value: float) -> float | None:
+    """None for what could not be computed; `note` says why."""
+    return value if np.isfinite(value) else None
 
 
 def device() -> dict[str, Any]:
@@ -202,8 +207,8 @@ def show(report: dict[str, Any]) -> None:
         for name, row in point["kernels"].items():
             table.add_row(
                 name,
-                f"{row['mess_per_iteration']:.4f}",
-                f"{row['mess_per_second']:,.0f}",
+                "-" if row["mess_per_iteration"] is None else f"{row['mess_per_iteration']:.4f}",
+                "-" if row["mess_per_second"] is None else f"{row['mess_per_second']:,.0f}",
                 f"{row['acceptance']:.2f}",
                 f"{row['evaluations_per_iteration']:.2f}",
                 row["note"][:60],
@@ -215,7 +220,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     """ESS per second by sampler and shape; multivariate ESS per second as K grows."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     names = list(report["shapes"][0]["samplers"])
     for index, name in enumerate(names):
@@ -229,16 +234,19 @@ def plot(report: dict[str, Any], path: Path) -> None:
     )
     left.set_yscale("log")
     left.set_ylabel("minimum ESS per second")
-    left.legend(fontsize=7, ncols=2)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=7, ncols=6, loc="outside lower center")
     for index, kernel in enumerate(KERNELS):
         ks = [point["K"] for point in report["growth"]]
-        rates = [point["kernels"][kernel]["mess_per_second"] for point in report["growth"]]
+        found = [point["kernels"][kernel]["mess_per_second"] for point in report["growth"]]
+        rates = [np.nan if rate is None else rate for rate in found]
         right.loglog(ks, rates, "o-", label=kernel, color=f"C{index}")
     right.set_xticks([p["K"] for p in report["growth"]], [str(p["K"]) for p in report["growth"]])
     right.minorticks_off()
     right.set_xlabel("K = L")
     right.set_ylabel("multivariate ESS per second")
     right.legend(fontsize=7)
+    right.set_title("hakari's kernels; from K = 50 on runs too short to settle", fontsize=8)
     figure.savefig(path, dpi=130)
 
 

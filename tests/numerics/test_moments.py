@@ -235,3 +235,23 @@ def test_outcome_that_is_constant_in_the_first_block():
         stream = hi.QuasiPosterior(hi.LinearMoments.from_formula(formula, iter(batches)))
         whole = hi.QuasiPosterior(hi.LinearMoments.from_formula(formula, frame))
         np.testing.assert_allclose(stream.whitened.centre, whole.whitened.centre, rtol=1e-10)
+
+
+def test_long_arrays_are_summed_by_blocks(monkeypatch):
+    from hakari.inference import moments
+
+    y, X, Z = iv_design(230, 2, 3)
+    names = {"names": ["a", "b"], "instrument_names": ["a", "p", "q"]}
+    clusters = np.arange(230) % 17
+    for covariance in ("robust", "iid", "hac:3", "cluster"):
+        options = {"covariance": covariance, **names}
+        if covariance == "cluster":
+            options["clusters"] = clusters
+        whole = hi.LinearMoments.from_arrays(y, X, Z, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(moments, "BLOCK_ROWS", 60)
+            pieces = hi.LinearMoments.from_arrays(y, X, Z, **options)
+        theta = np.array([0.5, 0.7])
+        np.testing.assert_allclose(
+            pieces.covariance_at(theta), whole.covariance_at(theta), rtol=1e-10
+        )

@@ -25,7 +25,7 @@ from hakari.inference.patience import patience
 from hakari.inference.report import Chapter, Section, Table, Text, write_report
 from hakari.inference.result import save
 
-DRAWS = 25_000
+DRAWS = 5_000
 SCHOOLING = "lwage ~ 1 + exper + expersq + black + south + smsa + [educ ~ {}]"
 
 

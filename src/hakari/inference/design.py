@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,13 @@ class Block:
     Z: ndarray
     weights: ndarray | None
     clusters: ndarray | None
+
+
+def cut(block: Block, rows: int) -> Iterator[Block]:
+    """The block in pieces of at most `rows` rows."""
+    parts = (block.y, block.X, block.Z, block.weights, block.clusters)
+    for start in range(0, len(block.y), rows):
+        yield Block(*(None if p is None else p[start : start + rows] for p in parts))  # type: ignore[arg-type]
 
 
 def stack_blocks(blocks: list[Block]) -> Block:

@@ -45,12 +45,13 @@ from hakari.inference.design import (
     array_names,
     check_counts,
     checked_weights,
+    cut,
     involved,
     refuse_collinear,
     refuse_not_finite,
     stack_blocks,
 )
-from hakari.inference.formula import Missing, parse_formula, read_blocks
+from hakari.inference.formula import BLOCK_ROWS, Missing, parse_formula, read_blocks
 from hakari.inference.scaling import Scale, first_scale, or_one
 
 Sums = RobustSums | ClusterSums | HacSums | None
@@ -171,7 +172,9 @@ class LinearMoments:
             None if clusters is None else np.asarray(clusters),
         )
         refuse_not_finite(labels, block)
-        return cls._from_blocks([(labels, block)], spec)
+        if spec.kind == "hac" and spec.bandwidth is None:  # chosen from all rows at once
+            return cls._from_blocks([(labels, block)], spec)
+        return cls._from_blocks(((labels, part) for part in cut(block, BLOCK_ROWS)), spec)
 
     @classmethod
     def from_moments(

@@ -1,0 +1,34 @@
+"""The README's figures are those of the committed results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_benchmark_table_is_the_committed_run():
+    report = json.loads((ROOT / "benchmarks" / "results" / "samplers.json").read_text())
+    for shape in report["shapes"]:
+        row = next(
+            line
+            for line in README.splitlines()
+            if line.startswith(f"| {shape['n']}, {shape['K']}, {shape['L']} |")
+        )
+        rates = shape["samplers"]
+        for name in ("hakari independence", "numpyro NUTS, MCMC.run", "numpyro NUTS, as written"):
+            assert f"{rates[name]['ess_per_second']:,.0f}" in row, name
+        ratio = rates["hakari independence"]["ratio_to_mcmc_run"]
+        assert f"({ratio:.0f}x)" in row
+
+
+def test_scale_figures_are_the_committed_run():
+    measured = json.loads((ROOT / "benchmarks" / "results" / "scale.json").read_text())["measured"]
+    ours = measured["from_formula"]
+    text = " ".join(README.split())
+    assert f"take {ours['seconds']:.1f} s" in text
+    assert f"{ours['rows_per_second'] / 1e6:.1f} million rows a second" in text
+    assert f"in {ours['peak_mib']:.0f} MiB" in text
+    assert f"`X.T @ X` of the regressors {measured['gram']['seconds']:.2f} s" in text
