@@ -109,7 +109,7 @@ MISTAKES = {
         [FORMULA, "--data", "strong.csv", "--prior", "x=normal(0,1)", "--prior", "x=flat"],
         "two priors on 'x'",
     ),
-    "improper": ([FORMULA, "--data", "weak.csv", "--prior", "flat"], "--prior 'x=normal(0, 1)'"),
+    "improper": ([FORMULA, "--data", "weak.csv", "--prior", "flat"], "--prior weak"),
     "resume": ([FORMULA, "--data", "strong.csv", "--resume", "lost"], "no posterior.nc in lost"),
 }
 

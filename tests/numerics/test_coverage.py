@@ -47,13 +47,13 @@ def coverage(n, K, centred):
 def test_coverage_is_nominal_with_many_rows(n, K, centred, record_property):
     share, error = coverage(n, K, centred)
     record_property("coverage", share.round(3).tolist())
-    assert (np.abs(share - LEVELS) < 4 * error + 0.01).all(), share
+    assert (np.abs(share - LEVELS) < 4 * error).all(), share
 
 
 @pytest.mark.slow
 def test_uncentred_form_is_conservative_with_few_rows(record_property):
-    uncentred, error = coverage(300, 20, False)
-    centred, _ = coverage(300, 20, True)
+    uncentred, error = coverage(500, 20, False)
+    centred, _ = coverage(500, 20, True)
     record_property("coverage", [uncentred.round(3).tolist(), centred.round(3).tolist()])
     assert (uncentred > LEVELS - 3 * error).all(), uncentred
     assert (uncentred[:2] > centred[:2]).all()
