@@ -43,7 +43,7 @@ def coverage(n, K, centred):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("centred", [False, True])
-@pytest.mark.parametrize(("n", "K"), [(1000, 5), (2500, 20)])
+@pytest.mark.parametrize(("n", "K"), [(1000, 5), (4000, 20)])
 def test_coverage_is_nominal_with_many_rows(n, K, centred, record_property):
     share, error = coverage(n, K, centred)
     record_property("coverage", share.round(3).tolist())
