@@ -236,9 +236,10 @@ class LinearMoments:
                     scale = first_scale(block)
                 pending.append(pool.submit(_block_moments, names, spec, scale, block))
                 if len(pending) > 2:
-                    whole = _plus(whole, pending.pop(0).result())
+                    first = pending.pop(0).result()
+                    whole = first if whole is None else whole + first
             for last in pending:
-                whole = _plus(whole, last.result())
+                whole = last.result() if whole is None else whole + last.result()
         if whole is None:
             raise ValueError("no rows of data")
         if whole.grams is not None and not whole.grams.instruments.any():
@@ -436,10 +437,6 @@ def _sums(C: ndarray, spec: Covariance, clusters: ndarray | None) -> Sums:
     if clusters is None or len(clusters) != len(C):
         raise ValueError(f"covariance {spec} needs one cluster label a row ({len(C)} rows)")
     return cluster_sums(C, clusters)
-
-
-def _plus(whole: LinearMoments | None, part: LinearMoments) -> LinearMoments:
-    return part if whole is None else whole + part
 
 
 def _prefer_rows(n: int, L: int, P: int) -> bool:
