@@ -42,6 +42,7 @@ def coverage(n, K, centred):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize(("n", "K"), [(1000, 5), (4000, 20)])
 def test_coverage_is_nominal_with_many_rows(n, K, centred, record_property):
@@ -51,6 +52,7 @@ def test_coverage_is_nominal_with_many_rows(n, K, centred, record_property):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_uncentred_form_is_conservative_with_few_rows(record_property):
     uncentred, error = coverage(500, 20, False)
     centred, _ = coverage(500, 20, True)
