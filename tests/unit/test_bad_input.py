@@ -285,3 +285,20 @@ def test_moments_that_do_not_exist_are_said():
     y, X, Z = iv_design(1000, 2, 3)  # the same tail, out of reach
     strong = hi.sample(hi.QuasiPosterior(hi.LinearMoments.from_arrays(y, X, Z)), draws=500, seed=1)
     assert not any("exists" in note for note in hi.convergence_notes(strong))
+
+
+def test_terms_that_learn_from_the_data_are_refused_in_blocks(frame, monkeypatch):
+    """`scale` and the like know only the first block; in one block they know the whole table."""
+    from hakari.inference import formula
+
+    text = "y ~ 1 + scale(w) + [x ~ z1]"
+    assert fit(frame, text).moments.names.parameters[1] == "scale(w)"
+    monkeypatch.setattr(formula, "BLOCK_ROWS", 80)
+    with pytest.raises(ValueError, match=r"scale\(w\) learns from the data, .* blocks of 80 rows"):
+        fit(frame, text)
+    assert fit(frame, "y ~ 1 + np.exp(w) + [x ~ z1]").moments.n == 200
+
+
+def test_function_that_is_not_there(frame):
+    with pytest.raises(ValueError, match=r"a term of the formula cannot be computed: .*foo"):
+        fit(frame, "y ~ 1 + np.foo(w) + [x ~ z1]")

@@ -189,3 +189,20 @@ def test_too_few_batches_are_said():
     ess = hi.multivariate_ess(np.random.default_rng(0).standard_normal((1, 100, 15)))
     assert np.isnan(ess.value)
     assert "batches are too few" in ess.note
+
+
+def test_multivariate_ess_of_short_or_slow_chains_is_refused_or_unbiased():
+    rng = np.random.default_rng(2)
+
+    def autoregression(a, draws, K):
+        noise, chain = rng.standard_normal((2, 4, draws, K))
+        for i in range(1, draws):
+            chain[:, i] = a * chain[:, i - 1] + np.sqrt(1 - a**2) * noise[:, i]
+        return chain
+
+    slow = hi.multivariate_ess(autoregression(0.97, 1500, 40))
+    assert np.isnan(slow.value)
+    assert not slow.enough
+    assert "short against an autocorrelation time" in slow.note
+    many = autoregression(0.5, 2500, 60)  # 200 batches of 50 for 60 dimensions; truth N/3
+    assert hi.multivariate_ess(many).value == pytest.approx(10_000 / 3, rel=0.06)

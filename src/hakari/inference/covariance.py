@@ -259,16 +259,28 @@ class HacSums:
     rows: int
 
     def __add__(self, other: HacSums) -> HacSums:
-        gap = np.arange(len(other.head))[None, :] + np.arange(len(self.tail), 0, -1)[:, None]
-        weights = _lag_weights(self.spec, int(gap.max(initial=0)))[gap]
-        partner = np.tensordot(weights, other.head, axes=1)
-        cross = partner.sum(axis=0) + np.tensordot(weights.sum(axis=1), self.tail, axes=1)
+        # other's head after self's tail, as seen from the tail: one more smoothing, no lag matrix
+        after = np.concatenate([np.zeros_like(self.tail), other.head])
+        before = np.concatenate([self.tail, np.zeros_like(other.head)])
+        weights = _lag_weights(self.spec, max(len(after) - 1, 0))
+        partner = _smooth(after, weights)[: len(self.tail)]
+        cross = partner.sum(axis=0) + _smooth(before, weights)[len(self.tail) :].sum(axis=0)
+        lags = np.arange(1, len(weights))  # how many pairs of tail and head are so far apart
+        apart = np.minimum.reduce(
+            [
+                lags,
+                np.full_like(lags, len(self.tail)),
+                np.full_like(lags, len(other.head)),
+                len(after) - lags,
+            ]
+        )
+        pairs = float((weights[1:] * apart).sum())
         reach = _reach(self.spec, self.rows + other.rows)
         return HacSums(
             self.spec,
             self.tensor + other.tensor + 2 * fold(_cross(self.tail, partner)),
             self.smoothed + other.smoothed + cross,
-            self.pairs + other.pairs + 2 * weights.sum(),
+            self.pairs + other.pairs + 2 * pairs,
             np.concatenate([self.head, other.head])[:reach],
             np.concatenate([self.tail, other.tail])[-reach:] if reach else self.tail[:0],
             self.rows + other.rows,
@@ -320,15 +332,22 @@ def hac_sums(C: Float[ndarray, "n L P"], spec: Covariance) -> HacSums:
     n = len(C)
     reach = _reach(spec, n)
     weights = _lag_weights(spec, max(min(reach, n - 1), 0))
-    window = np.concatenate([weights[:0:-1], weights])
-    smooth = fftconvolve(C, window[:, None, None], mode="full", axes=0)
-    smooth = smooth[len(weights) - 1 : len(weights) - 1 + n]
+    smooth = _smooth(C, weights)
     lag = np.arange(1, len(weights))
     pairs = float(n + 2 * (weights[1:] * (n - lag)).sum())
     tail = C[-reach:] if reach else C[:0]
     return HacSums(
         spec, fold(_cross(C, smooth)), smooth.sum(axis=0), pairs, C[:reach].copy(), tail.copy(), n
     )
+
+
+def _smooth(C: Float[ndarray, "n L P"], weights: ndarray) -> Float[ndarray, "n L P"]:
+    """Σ_s w(|t − s|) C_s of each row t."""
+    if not len(C):
+        return C
+    window = np.concatenate([weights[:0:-1], weights])
+    full = fftconvolve(C, window[:, None, None], mode="full", axes=0)
+    return np.asarray(full[len(weights) - 1 : len(weights) - 1 + len(C)])
 
 
 def _reach(spec: Covariance, rows: int) -> int:

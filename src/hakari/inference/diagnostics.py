@@ -16,6 +16,7 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 from numpy import ndarray
+from scipy.special import digamma
 from scipy.stats import chi2
 
 LEAST_ACCEPTANCE = 0.01
@@ -59,6 +60,9 @@ def multivariate_ess(
 ) -> MultivariateESS:
     """MESS = N (|Λ| / |Σ|)^(1/K), Λ the sample covariance, Σ by batch means of size ⌊√draws⌋.
 
+    The mean of log|Σ| over samples of few batches is corrected (Wishart), and chains whose batches
+    are short against their autocorrelation get a note and no number.
+
     `needed` is the least mESS for which the volume of the means' `level` confidence region,
     to the power 1/K, is `precision` of the posterior's (Vats, Flegal and Jones, 2019, eq. 9).
     """
@@ -86,9 +90,16 @@ def multivariate_ess(
     signs, logs = np.linalg.slogdet(np.stack([spread, long_run]) / np.multiply.outer(unit, unit))
     if (signs <= 0).any():
         return without("the batch means' covariance is singular: draw more")
-    return MultivariateESS(
-        float(chains * draws * np.exp((logs[0] - logs[1]) / K)), needed, precision
-    )
+    time = chains * draws / _arviz(theta)["ess_mean"].min()  # integrated autocorrelation
+    if size < 2 * time:
+        return without(
+            f"batches of {size} draws are short against an autocorrelation time of {time:.0f}: "
+            f"draw at least {int(4 * time**2):,} a chain"
+        )
+    free = chains * batches - 1  # log|Wishart| is low on average: take the expectation away
+    low = digamma((free - np.arange(K)) / 2).sum() + K * np.log(2 / free)
+    value = chains * draws * np.exp((logs[0] - logs[1] + low) / K)
+    return MultivariateESS(float(value), needed, precision)
 
 
 def minimum_ess(K: int, precision: float = 0.05, level: float = 0.95) -> float:
@@ -122,7 +133,8 @@ def summary(result: xr.DataTree, level: float = 0.9) -> pd.DataFrame:
     }
     names = result["posterior"]["coefficient"].values
     notes = stuck_chains(theta)
-    table |= _arviz(theta) if not notes else dict.fromkeys(_ARVIZ, np.nan)
+    found = dict.fromkeys(_ARVIZ, np.nan) if notes else _arviz(theta)
+    table |= {column: found[column] for column in _ARVIZ}
     frame = pd.DataFrame(table, index=pd.Index(names, name="coefficient"))
     if result.attrs.get("interrupted"):
         notes.append("sampling was interrupted: these are the draws until then")
@@ -165,6 +177,7 @@ def _arviz(theta: Float[ndarray, "chains draws K"]) -> dict[str, ndarray]:
     axes = {"chain_axis": 0, "draw_axis": 1}
     columns = [np.ascontiguousarray(theta[:, :, k]) for k in range(theta.shape[2])]
     return {
+        "ess_mean": np.array([float(array_stats.ess(c, method="mean", **axes)) for c in columns]),
         "ess_bulk": np.array([float(array_stats.ess(c, method="bulk", **axes)) for c in columns]),
         "ess_tail": np.array(
             [float(array_stats.ess(c, method="tail", prob=(0.05, 0.95), **axes)) for c in columns]

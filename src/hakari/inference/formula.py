@@ -22,6 +22,7 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 from formulaic import Formula as Terms
 from formulaic import ModelSpec
+from formulaic.errors import FactorEvaluationError
 from numpy import ndarray
 
 from hakari.inference.design import Block, Names, refuse_not_finite
@@ -106,6 +107,8 @@ def read_blocks(
             if not len(frame):
                 continue
             frame = _with_levels(frame, levels)
+            if specs is not None:
+                _refuse_stateful(specs)
             matrices = _materialise(formula, frame, specs)
             specs = [matrix.model_spec for matrix in matrices]
             block, found = _assemble(matrices, frame, weights, clusters)
@@ -121,7 +124,27 @@ def read_blocks(
 
 
 def _materialise(formula: Formula, frame: pd.DataFrame, specs: list[ModelSpec] | None) -> list[Any]:
-    """Model matrices of the four parts; the first block's specs fix the encoding of the rest."""
+    """Model matrices of the four parts; the first block's specs fix the encoding of the rest.
+
+    Raises ValueError for a term that cannot be computed.
+    """
+    try:
+        return _matrices(formula, frame, specs)
+    except FactorEvaluationError as error:
+        raise ValueError(f"a term of the formula cannot be computed: {error}") from None
+
+
+def _refuse_stateful(specs: list[ModelSpec]) -> None:
+    """A second block has come: what a term learned from the first is not true of the table."""
+    learned = [str(term) for spec in specs for term in spec.transform_state]
+    if learned:
+        raise ValueError(
+            f"{', '.join(learned)} learns from the data, which come in blocks of {BLOCK_ROWS:,} "
+            "rows: compute it as a column of the whole table first"
+        )
+
+
+def _matrices(formula: Formula, frame: pd.DataFrame, specs: list[ModelSpec] | None) -> list[Any]:
     if specs is not None:
         return [spec.get_model_matrix(frame) for spec in specs]
     parts = [

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -93,11 +93,16 @@ class Analysis:
 
 
 def analyse(
-    question: Question, *, progress: bool = False, resume: xr.DataTree | None = None
+    question: Question,
+    *,
+    progress: bool = False,
+    resume: xr.DataTree | None = None,
+    keep: Callable[[xr.DataTree], None] | None = None,
 ) -> Analysis:
     """Answer a question: moments, instruments, estimates, draws, sensitivity to the prior.
 
-    progress: a bar on the error stream; resume: an earlier result, whose draws are continued.
+    progress: a bar on the error stream; resume: an earlier result, whose draws are continued;
+    keep: called with the draws as soon as they are there, before what may take longer.
     Raises ValueError or FileNotFoundError for bad input, before any draw.
 
     >>> import numpy as np
@@ -110,10 +115,15 @@ def analyse(
     2
     """
     with threadpool_limits(1, user_api="blas"):  # small matrices: BLAS threads only wait
-        return _analyse(question, progress, resume)
+        return _analyse(question, progress, resume, keep)
 
 
-def _analyse(question: Question, progress: bool, resume: xr.DataTree | None) -> Analysis:
+def _analyse(
+    question: Question,
+    progress: bool,
+    resume: xr.DataTree | None,
+    keep: Callable[[xr.DataTree], None] | None,
+) -> Analysis:
     missing = cast(Missing, question.missing)
     moments = LinearMoments.from_formula(
         question.formula,
@@ -143,6 +153,8 @@ def _analyse(question: Question, progress: bool, resume: xr.DataTree | None) -> 
         progress=progress,
         resume=resume,
     )
+    if keep is not None:
+        keep(result)
     stopped = bool(result.attrs["interrupted"])
     return Analysis(
         question,

@@ -26,8 +26,22 @@ def answer(question: Question, out: Path | None, resume: Path | None, json: bool
     folder = run.new_run("iv", out)
     try:
         with patience():
-            analysis = analyse(question, progress=True, resume=earlier)
+            analysis = analyse(
+                question,
+                progress=True,
+                resume=earlier,
+                keep=lambda result: save(result, folder / "posterior.nc"),
+            )
         report = write_run(analysis, folder)
+    except KeyboardInterrupt:
+        if not (folder / "posterior.nc").exists():
+            raise
+        Console(stderr=True).print(
+            f"hakari: interrupted; the draws are in {folder / 'posterior.nc'}, without a report; "
+            f"go on with --resume {folder}",
+            soft_wrap=True,
+        )
+        return INTERRUPTED
     finally:
         run.discard(folder)
     if json:
@@ -42,9 +56,8 @@ def answer(question: Question, out: Path | None, resume: Path | None, json: bool
 
 
 def write_run(analysis: Analysis, folder: Path) -> Path:
-    """config.toml, posterior.nc, summary.csv and report.html; returns the report's path."""
+    """config.toml, summary.csv and report.html beside posterior.nc; returns the report's path."""
     run.write_config(folder, config(analysis))
-    save(analysis.result, folder / "posterior.nc")
     analysis.summary.to_csv(folder / "summary.csv")
     names = analysis.moments.names
     title = f"{names.dependent} on {', '.join(analysis.of_interest[:3])}"

@@ -24,6 +24,8 @@ from hakari.inference.kernels.independence import Reference
 from hakari.inference.posterior import QuasiPosterior
 from hakari.inference.prior import prior_draws
 
+PRIOR_STREAM = 2**31  # far from the chains' spawn keys, which count up from 0
+
 if TYPE_CHECKING:
     from hakari.inference.reference import Fit
     from hakari.inference.sampling import Group
@@ -220,7 +222,7 @@ def _drawn(result: xr.DataTree, posterior: QuasiPosterior) -> Draws:
 
 
 def _prior(posterior: QuasiPosterior, seed: int) -> xr.Dataset:
-    generator = default_rng(SeedSequence(seed).spawn(1)[0].spawn(5)[-1])
+    generator = default_rng(SeedSequence(seed, spawn_key=(PRIOR_STREAM,)))
     names, blocks, size = posterior.moments.names.parameters, posterior.blocks, 2000
     noise = generator.standard_normal((size, len(names)))
     chi2 = np.column_stack(
