@@ -246,7 +246,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     right.set_xlabel("K = L")
     right.set_ylabel("multivariate ESS per second")
     right.legend(fontsize=7)
-    right.set_title("hakari's kernels; from K = 50 on runs too short to settle", fontsize=8)
+    right.set_title("hakari's kernels, where chains are long enough to judge", fontsize=8)
     figure.savefig(path, dpi=130)
 
 
