@@ -37,7 +37,7 @@ def covered(n, K, centred, seed):
 def coverage(n, K, centred):
     """Average coverage (3,) and its standard error, replications being independent."""
     jobs = (joblib.delayed(covered)(n, K, centred, 10_000 * K + r) for r in range(REPLICATIONS))
-    inside = np.array(joblib.Parallel(n_jobs=2, prefer="threads")(jobs)).mean(axis=2)
+    inside = np.array(joblib.Parallel(n_jobs=2)(jobs)).mean(axis=2)
     return inside.mean(axis=0), inside.std(axis=0, ddof=1) / np.sqrt(REPLICATIONS)
 
 
