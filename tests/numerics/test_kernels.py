@@ -119,25 +119,88 @@ def test_wrong_acceptance_ratio_is_noticed(mutant):
     assert imbalance(space["step"], kernel, 3, 5, NORMAL) > 1e-2
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
-def test_enumerated_transition_matrix_keeps_the_target(kernel):
-    """61 states on a line; off the diagonal the shipped step, row sums to one."""
+def step_moves(kernel):
+    """Off-diagonal moves q α of a step kernel between two points."""
+
+    def moves(target, x, y):
+        return np.exp(log_flow(step, kernel, target, lambda u: 0.0, x, y))
+
+    return moves
+
+
+def independence_moves(target, x, y):
+    """r(y) times the probability with which `accept` takes y, found by its coins."""
+    ref = reference(1)
+    noise = np.linalg.solve(ref.factor, (np.array([x, y]) - ref.mean).T).T
+    weight = log_weights(target, ref, noise, np.ones(2))[2]
+    return np.exp(log_law(ref, y)) * taken(
+        lambda coin: accept(weight[0], weight[1:], np.array([coin]))[0] == 0
+    )
+
+
+def preconditioned_moves(target, x, y):
+    """The autoregressive law of y times the probability with which `run` takes it."""
+    ref, rho = reference(1, np.inf), 0.6
+    v, moved = (np.linalg.solve(ref.factor, p - ref.mean)[None] for p in (x, y))
+    noise = (moved - rho * v) / np.sqrt(1 - rho**2)
+
+    def accepts(coin):
+        coins = np.array([[coin]])
+        args = (ref.mean, ref.factor, ref.df, rho, v, noise[None], coins)
+        return preconditioned.run(target, *args)[3][0, 0]
+
+    law = multivariate_normal(rho * v[0], (1 - rho**2) * np.eye(1)).logpdf(moved[0])
+    return np.exp(law) / ref.factor[0, 0] * taken(accepts)
+
+
+def taken(accepts):
+    """Probability of acceptance, the largest coin that still accepts, by bisection."""
+    if accepts(1 - 1e-15):
+        return 1.0
+    low, high = -800.0, 0.0  # of the coin's logarithm
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if accepts(np.exp(middle)) else (low, middle)
+    return np.exp(low)
+
+
+CHAINS = {kernel.name: step_moves(kernel) for kernel in KERNELS} | {
+    "independence": independence_moves,
+    "preconditioned": preconditioned_moves,
+}
+
+
+def enumerated(moves):
+    """Transition matrix over 31 states on a line, and the target by its definition."""
     target, log_target = problem(1, 2, NORMAL, n=25)
-    grid = np.linspace(-4, 4, 61)
+    grid = np.linspace(-4, 4, 31)
     log_pi = np.array([log_target(np.array([g])) for g in grid])
     pi = np.exp(log_pi - log_pi.max())
-    pi /= pi.sum()
-    P = np.zeros((61, 61))
-    for i, x in enumerate(grid):
-        for j, y in enumerate(grid):
-            if i != j:
-                flow = log_flow(step, kernel, target, lambda u: 0.0, np.array([x]), np.array([y]))
-                P[i, j] = np.exp(flow) * (grid[1] - grid[0])
+    P = np.array([[moves(target, np.array([x]), np.array([y])) for y in grid] for x in grid])
+    np.fill_diagonal(P, 0.0)
+    P *= 0.9 / P.sum(axis=1).max()  # a coin decides whether to move at all: a proper chain
     np.fill_diagonal(P, 1 - P.sum(axis=1))
+    return P, pi / pi.sum()
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_enumerated_transition_matrix_keeps_the_target(chain):
+    P, pi = enumerated(CHAINS[chain])
+    assert P.min() >= 0
     balance = pi[:, None] * P
     assert np.abs(balance - balance.T).max() < 1e-12
     assert np.abs(pi @ P - pi).max() < 1e-12
-    assert P.min() > -0.05  # the grid is fine enough for a (nearly) proper matrix
+
+
+def test_enumerated_chain_of_a_mutant_loses_the_target():
+    """Independence that accepts by the density, not by the weight."""
+
+    def moves(target, x, y):
+        at = log_density_batch(target, np.array([x, y]))
+        return np.exp(log_law(reference(1), y)) * min(1.0, np.exp(at[1] - at[0]))
+
+    P, pi = enumerated(moves)
+    assert np.abs(pi @ P - pi).max() > 1e-3
 
 
 def test_screened_proposals_are_not_evaluated():

@@ -17,9 +17,10 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from hakari.inference.covariance import Covariance
-from hakari.inference.formula import Missing, parse_formula, read_blocks
+from hakari.inference.formula import parse_formula, read_blocks
 from hakari.inference.gmm import Estimate, Statistic, estimate
 from hakari.inference.moments import LinearMoments
+from hakari.inference.tables import Missing
 
 MOST_ROWS = 1_000_000
 MOST_WORK = 50_000_000  # rows · moments · parameters: linearmodels' CUE passes over rows often

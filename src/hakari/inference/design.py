@@ -101,8 +101,9 @@ def refuse_not_finite(names: Names, block: Block, first_row: int = 0) -> None:
         if bad.any():
             row, column = np.argwhere(bad)[0]
             raise ValueError(
-                f"{labels[column]} is {matrix[row, column]} in row {first_row + int(row)}, one of "
-                f"{int(bad[:, column].sum())} rows where it is not finite: drop or fill them first"
+                f"{labels[column]} is {matrix[row, column]} in row {first_row + int(row) + 1} "
+                f"(counting from 1), one of {int(bad[:, column].sum())} rows where it is not "
+                "finite: drop or fill them first"
             )
 
 

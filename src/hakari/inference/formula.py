@@ -7,39 +7,22 @@ then instruments.
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import narwhals as nw
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.dataset as pads
-import pyarrow.parquet as pq
 from formulaic import Formula as Terms
 from formulaic import ModelSpec
 from formulaic.errors import FactorEvaluationError
 from numpy import ndarray
 
+from hakari.inference import tables
 from hakari.inference.design import Block, Names, refuse_not_finite
-
-BLOCK_ROWS = 65_536
-Missing = Literal["raise", "drop"]
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """Columns to read: those required, and words of the formula that may be columns.
-
-    formulaic counts `lag`, `exp` or `poly` as its functions, also where a column bears the name.
-    """
-
-    required: tuple[str, ...]
-    words: frozenset[str] = frozenset()
+from hakari.inference.tables import Missing, Wanted, as_frame
 
 
 @dataclass(frozen=True)
@@ -86,27 +69,29 @@ def read_blocks(
     clusters: str | None = None,
     missing: Missing = "raise",
 ) -> Iterator[tuple[Names, Block]]:
-    """Blocks of the design, read once, in order, each of at most `BLOCK_ROWS` rows.
+    """Blocks of the design, read once, in order, each of at most `tables.BLOCK_ROWS` rows.
 
     data: a pandas or polars frame, anything narwhals or Arrow knows, a dict of arrays, the
     path of a CSV or Parquet file or folder, or an iterable of Arrow record batches or frames.
     missing: `raise` names the columns with missing values; `drop` leaves those rows out.
     """
-    tables, levels = _open(data, formula.wanted(*(name for name in (weights, clusters) if name)))
+    wanted = formula.wanted(*(name for name in (weights, clusters) if name))
+    blocks, levels = tables.open_table(data, wanted)
     specs: list[ModelSpec] | None = None
     names: Names | None = None
     plain = False
     first_row, complete = 0, 0
-    for raw in tables:
+    for raw in blocks:
         rows = len(raw)
         first_row += rows
         block = _plain_block(names, raw, weights) if names and plain else None
         if names is None or block is None:
-            frame = raw.to_pandas() if isinstance(raw, pa.RecordBatch) else raw
-            frame = _drop_missing(frame, first_row - rows, missing)
+            frame = as_frame(raw, levels)
+            if missing == "raise":
+                tables.refuse_missing(frame, first_row - rows, blocks)
+            frame = frame[frame.notna().all(axis=1)]
             if not len(frame):
                 continue
-            frame = _with_levels(frame, levels)
             if specs is not None:
                 _refuse_stateful(specs)
             matrices = _materialise(formula, frame, specs)
@@ -139,8 +124,8 @@ def _refuse_stateful(specs: list[ModelSpec]) -> None:
     learned = [str(term) for spec in specs for term in spec.transform_state]
     if learned:
         raise ValueError(
-            f"{', '.join(learned)} learns from the data, which come in blocks of {BLOCK_ROWS:,} "
-            "rows: compute it as a column of the whole table first"
+            f"{', '.join(learned)} learns from the data, which come in blocks of "
+            f"{tables.BLOCK_ROWS:,} rows: compute it as a column of the whole table first"
         )
 
 
@@ -218,7 +203,7 @@ def _assemble(
     if dependent.shape[1] != 1:
         raise ValueError(
             f"the left side of the formula has {dependent.shape[1]} columns "
-            f"({', '.join(map(str, dependent.columns))}): one numeric column is needed"
+            f"({', '.join(map(str, dependent.columns[:3]))}, ...): one column of numbers is needed"
         )
     y, exog, endog, instr = (np.asarray(m, dtype=float) for m in matrices)
     block = Block(
@@ -235,146 +220,3 @@ def _assemble(
         str(dependent.columns[0]),
     )
     return block, names
-
-
-def _open(
-    data: Any, wanted: Wanted
-) -> tuple[Iterator[pd.DataFrame | pa.RecordBatch], dict[str, list[Any]]]:
-    """Tables with the needed columns, and the levels of the text columns where they are known."""
-    if isinstance(data, str | Path):
-        data = _dataset(Path(data))
-        if isinstance(data.format, pads.ParquetFileFormat):
-            needed = _choose(wanted, data.schema.names)
-            return _parquet_batches(data, needed), _dataset_levels(data, needed)
-    if isinstance(data, dict):
-        data = pd.DataFrame(data)
-    if isinstance(data, pa.RecordBatchReader) or (
-        isinstance(data, Iterable) and not hasattr(data, "columns") and not hasattr(data, "schema")
-    ):
-        return _from_stream(data, wanted), {}
-    if isinstance(data, pads.Dataset):
-        needed = _choose(wanted, data.schema.names)
-        batches = data.to_batches(
-            columns=needed, batch_size=BLOCK_ROWS, batch_readahead=2, fragment_readahead=1
-        )
-        return batches, _dataset_levels(data, needed)
-    frame = _to_pandas(data)
-    needed = _choose(wanted, list(frame.columns))
-    frame = frame[needed]
-    text = [name for name in needed if not pd.api.types.is_numeric_dtype(frame[name])]
-    levels = {
-        name: sorted(frame[name].dropna().unique().tolist(), key=str)
-        for name in text
-        if not isinstance(frame[name].dtype, pd.CategoricalDtype)
-    }
-    starts = range(0, max(len(frame), 1), BLOCK_ROWS)
-    return (frame.iloc[start : start + BLOCK_ROWS] for start in starts), levels
-
-
-def _dataset(path: Path) -> pads.Dataset:
-    if not path.exists():
-        raise FileNotFoundError(
-            f"no data at {path}: give a CSV or Parquet file, or a folder of them"
-        )
-    kind = path.suffix.lower()
-    if path.is_dir():
-        kind = next((p.suffix.lower() for p in sorted(path.rglob("*")) if p.is_file()), "")
-    if kind in (".parquet", ".pq"):
-        return pads.dataset(path, format="parquet")
-    if kind in (".csv", ".gz", ".txt"):
-        return pads.dataset(path, format="csv")
-    raise ValueError(f"{path}: {kind or 'no'} ending; CSV (.csv, .csv.gz) and Parquet are read")
-
-
-def _parquet_batches(data: pads.FileSystemDataset, needed: list[str]) -> Iterator[pa.RecordBatch]:
-    """Batches file by file, each decoded when asked for.
-
-    The dataset's own scanner runs ahead of its reader and holds row groups whole: 2 GB for ten
-    million rows of 14 columns, without end for larger groups. This holds 0.1 GB.
-    """
-    for path in data.files:
-        source = data.filesystem.open_input_file(path)
-        with pq.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False) as file:
-            _choose(Wanted(tuple(needed)), file.schema_arrow.names)
-            yield from file.iter_batches(BLOCK_ROWS, columns=needed)
-
-
-def _dataset_levels(data: pads.Dataset, needed: list[str]) -> dict[str, list[Any]]:
-    """One pass over the text columns only, so that every block is encoded alike."""
-    text = [
-        name
-        for name in needed
-        if pa.types.is_string(data.schema.field(name).type)
-        or pa.types.is_large_string(data.schema.field(name).type)
-        or pa.types.is_dictionary(data.schema.field(name).type)
-    ]
-    seen: dict[str, set[Any]] = {name: set() for name in text}
-    if text:
-        for batch in data.to_batches(columns=text):
-            for name in text:
-                seen[name] |= set(batch.column(name).unique().to_pylist()) - {None}
-    return {name: sorted(values, key=str) for name, values in seen.items()}
-
-
-def _from_stream(data: Iterable[Any], wanted: Wanted) -> Iterator[pd.DataFrame]:
-    for batch in data:
-        frame = _to_pandas(batch)
-        needed = _choose(wanted, list(frame.columns))
-        frame = frame[needed]
-        text = [n for n in needed if frame[n].dtype.kind in "OUT" if frame[n].dtype != "category"]
-        if text:
-            raise ValueError(
-                f"text columns {', '.join(text)} in a stream: their levels are not known before "
-                "the end; pass a file or a frame, or categorical columns with all levels"
-            )
-        for start in range(0, len(frame), BLOCK_ROWS):
-            yield frame.iloc[start : start + BLOCK_ROWS]
-
-
-def _to_pandas(data: Any) -> pd.DataFrame:
-    if isinstance(data, pd.DataFrame):
-        return data
-    if isinstance(data, pa.RecordBatch | pa.Table):
-        return data.to_pandas()
-    try:
-        return nw.from_native(data).lazy().collect().to_pandas()
-    except TypeError:
-        raise TypeError(
-            f"data of type {type(data).__name__} is not understood: pass a frame (pandas, polars, "
-            "Arrow), a dict of arrays, a path, or an iterable of record batches"
-        ) from None
-
-
-def _choose(wanted: Wanted, available: list[str]) -> list[str]:
-    """The columns to read; raises ValueError, with the nearest name, for one that is not there."""
-    for name in wanted.required:
-        if name not in available:
-            near = difflib.get_close_matches(name, [str(c) for c in available], 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            shown = ", ".join(map(str, available[:20])) + (", ..." if len(available) > 20 else "")
-            raise ValueError(f"no column {name!r} in the data{hint} (columns: {shown})")
-    extra = [name for name in available if name in wanted.words - {*wanted.required}]
-    return [*wanted.required, *extra]
-
-
-def _drop_missing(frame: pd.DataFrame, first_row: int, missing: Missing) -> pd.DataFrame:
-    gaps = frame.isna()
-    bad = gaps.any(axis=1).to_numpy()
-    if not bad.any():
-        return frame
-    if missing == "drop":
-        return frame[~bad]
-    counts = gaps.sum()
-    shown = ", ".join(f"{name} ({count})" for name, count in counts[counts > 0].items())
-    raise ValueError(
-        f"{bad.sum()} rows with missing values, the first is row {first_row + int(bad.argmax())}: "
-        f"{shown}; drop them with missing='drop' (--missing drop) or fill them first"
-    )
-
-
-def _with_levels(frame: pd.DataFrame, levels: dict[str, list[Any]]) -> pd.DataFrame:
-    if not levels:
-        return frame
-    return frame.assign(
-        **{name: pd.Categorical(frame[name], categories=kept) for name, kept in levels.items()}
-    )

@@ -21,9 +21,10 @@ from scipy.stats import chi2, f, ncx2
 
 from hakari.inference.covariance import Covariance, parse_covariance, products, unpack
 from hakari.inference.design import Block, Names, stack_blocks
-from hakari.inference.formula import Missing, parse_formula, read_blocks
+from hakari.inference.formula import parse_formula, read_blocks
 from hakari.inference.gmm import Statistic
 from hakari.inference.moments import LinearMoments
+from hakari.inference.tables import Missing
 
 BIAS = 0.10  # τ: the share of the worst case's bias that strong instruments may leave
 SIZE = 0.05  # α: of the test that instruments are weak

@@ -21,13 +21,13 @@ from hakari.inference.diagnostics import (
     multivariate_ess,
     summary,
 )
-from hakari.inference.formula import Missing
 from hakari.inference.instruments import FirstStage, first_stage
 from hakari.inference.moments import LinearMoments
 from hakari.inference.posterior import QuasiPosterior, Weighting
 from hakari.inference.prior_text import parse_prior
 from hakari.inference.sampling import METHODS, Method, sample
 from hakari.inference.sensitivity import INTERRUPTED, ScaledPrior, prior_sensitivity
+from hakari.inference.tables import Missing
 
 
 @dataclass(frozen=True)

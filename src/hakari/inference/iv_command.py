@@ -32,7 +32,7 @@ def answer(question: Question, out: Path | None, resume: Path | None, json: bool
                 resume=earlier,
                 keep=lambda result: save(result, folder / "posterior.nc"),
             )
-        report = write_run(analysis, folder)
+        report = write_run(analysis, folder, resume)
     except KeyboardInterrupt:
         if not (folder / "posterior.nc").exists():
             raise
@@ -55,9 +55,10 @@ def answer(question: Question, out: Path | None, resume: Path | None, json: bool
     return 0
 
 
-def write_run(analysis: Analysis, folder: Path) -> Path:
+def write_run(analysis: Analysis, folder: Path, resume: Path | None = None) -> Path:
     """config.toml, summary.csv and report.html beside posterior.nc; returns the report's path."""
-    run.write_config(folder, config(analysis))
+    resumed = {"resumed": str(resume)} if resume is not None else {}
+    run.write_config(folder, resumed | config(analysis))
     analysis.summary.to_csv(folder / "summary.csv")
     names = analysis.moments.names
     title = f"{names.dependent} on {', '.join(analysis.of_interest[:3])}"

@@ -51,8 +51,9 @@ from hakari.inference.design import (
     refuse_not_finite,
     stack_blocks,
 )
-from hakari.inference.formula import BLOCK_ROWS, Missing, parse_formula, read_blocks
+from hakari.inference.formula import parse_formula, read_blocks
 from hakari.inference.scaling import Scale, first_scale, or_one
+from hakari.inference.tables import BLOCK_ROWS, Missing
 
 Sums = RobustSums | ClusterSums | HacSums | None
 
@@ -357,8 +358,8 @@ class LinearMoments:
         if self.n <= self.L:
             raise ValueError(f"{self.n} rows for {self.L} moments: Ω is singular; need n > L")
         if self.grams is not None:
-            refuse_collinear(self.grams.instruments, names.moments, "instruments (Z)")
             refuse_collinear(self.grams.regression[1:, 1:], names.parameters, "regressors (X)")
+            refuse_collinear(self.grams.instruments, names.moments, "instruments (Z)")
         slope = self.mean_C[:, 1:]
         if self.grams is not None:
             for side, gram in ((0, self.grams.instruments), (1, self.grams.regression[1:, 1:])):

@@ -66,7 +66,7 @@ def sample(
     (2, 100, 2)
     """
     began = time.perf_counter()
-    _check(posterior, method, draws, chains)
+    _check(posterior, method, draws, chains, seed, warmup)
     seed = int(SeedSequence().entropy) % 2**63 if seed is None else seed  # type: ignore[arg-type]
     with threadpool_limits(1, user_api="blas"):  # small matrices; and sums in one order
         worst = refuse_improper(posterior)
@@ -98,12 +98,24 @@ def sample(
 # --- choosing -----------------------------------------------------------------------------
 
 
-def _check(posterior: QuasiPosterior, method: str, draws: int, chains: int) -> None:
+def _check(
+    posterior: QuasiPosterior,
+    method: str,
+    draws: int,
+    chains: int,
+    seed: int | None,
+    warmup: int | None,
+) -> None:
     if method not in METHODS:
         raise ValueError(f"method {method!r} is unknown: use one of {', '.join(METHODS)}")
-    for name, value in (("draws", draws), ("chains", chains)):
-        if int(value) != value or value < 1:
-            raise ValueError(f"{name} {value}: at least 1 is needed")
+    for name, value, least in (
+        ("draws", draws, 1),
+        ("chains", chains, 1),
+        ("seed", 0 if seed is None else seed, 0),
+        ("warmup", 0 if warmup is None else warmup, 0),
+    ):
+        if not isinstance(value, int | np.integer) or value < least:
+            raise ValueError(f"{name} {value!r}: a whole number of at least {least} is needed")
     if method == "da-exact" and any(np.isfinite(b.df) for b in posterior.blocks):
         raise ValueError(
             "da-exact proposes from a Gaussian conditional and cannot take a Student prior: "
