@@ -251,17 +251,21 @@ def plot(report: dict[str, Any], path: Path) -> None:
     left.set_ylabel("minimum ESS per second")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=7, ncols=6, loc="outside lower center")
+    ks = [point["K"] for point in report["growth"]]
     for index, kernel in enumerate(KERNELS):
-        ks = [point["K"] for point in report["growth"]]
-        found = [point["kernels"][kernel]["mess_per_second"] for point in report["growth"]]
-        rates = [np.nan if rate is None else rate for rate in found]
-        right.loglog(ks, rates, "o-", label=kernel, color=f"C{index}")
+        rows = [point["kernels"][kernel] for point in report["growth"]]
+        for key, style in (("mess_per_second", "o-"), ("minimum_ess_per_second", ".:")):
+            rates = [np.nan if row[key] is None else row[key] for row in rows]
+            label = kernel if style == "o-" else None
+            right.loglog(ks, rates, style, label=label, color=f"C{index}")
     right.set_xticks([p["K"] for p in report["growth"]], [str(p["K"]) for p in report["growth"]])
     right.minorticks_off()
     right.set_xlabel("K = L")
-    right.set_ylabel("multivariate ESS per second")
+    right.set_ylabel("multivariate (line) and minimum (dots) ESS per second")
     right.legend(fontsize=7)
-    right.set_title("hakari's kernels, where chains are long enough to judge", fontsize=8)
+    right.set_title(
+        "hakari's kernels; no multivariate ESS where chains are too short for it", fontsize=8
+    )
     figure.savefig(path, dpi=130)
 
 
