@@ -1,6 +1,7 @@
 # Every target works from a fresh clone with Python 3.11 to 3.13 and make.
 PYTHON ?= python3
 VENV := .venv
+TORCH ?= 2.13.0
 BIN := $(VENV)/bin
 
 .PHONY: setup demo test test-slow bench lint docs clean
@@ -9,6 +10,7 @@ setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==$(TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $@
 
@@ -16,10 +18,10 @@ demo: setup
 	$(BIN)/hakari demo
 
 test: setup
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-slow: setup
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 lint: setup
 	$(BIN)/ruff check src tests benchmarks examples docs

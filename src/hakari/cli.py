@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from traceback import walk_tb
 from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Group, Parameter
@@ -40,6 +41,8 @@ OUTPUT = Group.create_ordered(
 Method = Literal["auto", "mh", "da", "da-exact", "da-approx", "independence", "preconditioned"]
 Out = Annotated[Path | None, Parameter(group=OUTPUT)]
 Json = Annotated[bool, Parameter(name="--json", negative="", group=OUTPUT)]
+
+TRAINING = {"safetensors", "tensorboard", "tokenizers", "torch"}  # modules of that extra alone
 
 
 @app.command
@@ -137,7 +140,9 @@ def iv(
 
 @app.command
 def demo(*, out: Out = None, json: Json = False) -> int:
-    """Returns to schooling (Card, 1995), from data to report in seconds; needs no download.
+    """Each system on real data, from data to one report; needs no download.
+
+    Returns to schooling (Card, 1995), with one instrument and with two.
 
     Parameters
     ----------
@@ -146,7 +151,7 @@ def demo(*, out: Out = None, json: Json = False) -> int:
     json: bool
         Print one JSON object and nothing else on stdout; the run folder is written as well.
     """
-    from hakari.inference.demo import answer
+    from hakari.demo import answer
 
     return answer(out, json)
 
@@ -160,13 +165,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         if (error.name or "hakari").partition(".")[0] == "hakari":
             raise
-        sys.exit(_complain(f'{error.name} is not installed: pip install "hakari[inference]"'))
+        sys.exit(_complain(f'{error.name} is not installed: pip install "hakari[{_extra(error)}]"'))
     except (ValueError, TypeError, OSError) as error:
         sys.exit(_complain(str(error)))
     except KeyboardInterrupt:
         _complain("interrupted; nothing was written")
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _extra(error: ModuleNotFoundError) -> str:
+    """The extra that has a missing module: where both have it, that of the half that asked."""
+    asking = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
+    only = (error.name or "").partition(".")[0] in TRAINING
+    return (
+        "training" if only or any(n.startswith("hakari.training") for n in asking) else "inference"
+    )
 
 
 def _complain(message: str) -> int:

@@ -74,17 +74,24 @@ def test_methods_are_those_of_the_sampler():
     assert cli.Method.__args__ == METHODS
 
 
-def test_missing_extra_says_what_to_install(type_in, tables, monkeypatch):
-    monkeypatch.setitem(sys.modules, "hakari.inference.iv", None)  # as when it cannot be imported
-    missing = ModuleNotFoundError("No module named 'numba'", name="numba")
+EXTRAS = [  # the missing module, the module that asks for it, the extra
+    ("numba", "hakari.inference.density", "inference"),
+    ("torch", "hakari.training.model", "training"),
+    ("tokenizers.models", "hakari.cli", "training"),
+    ("pyarrow", "hakari.inference.tables", "inference"),
+    ("pyarrow", "hakari.training.metrics", "training"),
+]
 
-    def fail(*_, **__):
-        raise missing
 
-    monkeypatch.setattr(cli, "app", fail)
-    status, out, err = type_in("iv", FORMULA, "--data", tables / "strong.csv")
+@pytest.mark.parametrize(("missing", "asking", "extra"), EXTRAS)
+def test_missing_extra_says_what_to_install(missing, asking, extra, type_in, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)  # as when it is not installed
+    ask = f"def app(*_, **__):\n    import {missing}"
+    exec(ask, scope := {"__name__": asking})
+    monkeypatch.setattr(cli, "app", scope["app"])
+    status, out, err = type_in("iv")
     assert (status, out) == (2, "")
-    assert err == 'hakari: numba is not installed: pip install "hakari[inference]"\n'
+    assert err == f'hakari: {missing} is not installed: pip install "hakari[{extra}]"\n'
 
 
 MISTAKES = {

@@ -4,13 +4,19 @@ import json
 import re
 import shutil
 import subprocess
+import sys
+from dataclasses import replace
 from html.parser import HTMLParser
+from types import ModuleType
 
 import pytest
 from linearmodels.datasets import card
 from linearmodels.iv import IVGMM, IVGMMCUE
 
+import hakari.demo as main
 import hakari.inference as hi
+from hakari.report import Chapter, Part
+from hakari.run import read_config
 
 from .conftest import hakari
 
@@ -103,7 +109,7 @@ def report(demo):
 def test_the_report_is_self_contained(report):
     text = report.read_text()
     page = Page(text)
-    assert page.title.strip() == "hakari demo: returns to schooling"
+    assert page.title.strip() == "hakari demo: each system on real data"
     assert page.headings == [h for chapter in CHAPTERS for h in (chapter, *SECTIONS)]
     assert all(address.startswith("data:") for address in page.loads)
     assert page.loads.count("data:,") == 1
@@ -116,6 +122,85 @@ def test_the_report_is_self_contained(report):
     assert "@import" not in text
     assert "(DataFrame" not in text
     assert not re.search(r"/(home|root|tmp|work)/", text)
+
+
+def stand_in(monkeypatch, *builders):
+    """Put chapters that take no time after the demo's own of inference."""
+    module = ModuleType("hakari.training.stand_in")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    vars(module).update({build.__name__: build for build in builders})
+    added = [f"{module.__name__}:{build.__name__}" for build in builders]
+    kept = [address for address in main.CHAPTERS if address.startswith("hakari.inference.")]
+    monkeypatch.setattr(main, "CHAPTERS", [*kept, *added])
+
+
+def train(folder):
+    """Trains nothing.
+
+    This is not told.
+    """
+    (folder / "tiny").mkdir()
+    chapter = Chapter("Nothing trained", [])
+    return Part("tiny", chapter, lambda console: console.print("loss 0"), {"loss": 0}, {"seed": 1})
+
+
+def cut_short(folder):
+    return replace(train(folder), interrupted=True)
+
+
+def interrupt(folder):
+    raise KeyboardInterrupt
+
+
+def never(folder):
+    pytest.fail("a chapter after an interrupted one")
+
+
+@pytest.fixture
+def without_linearmodels(monkeypatch):
+    monkeypatch.setitem(sys.modules, "linearmodels.datasets", None)  # as when not installed
+    monkeypatch.delitem(sys.modules, "hakari.inference.card", raising=False)
+
+
+LACKING = 'hakari: no inference: linearmodels is not installed: pip install "hakari[inference]"\n'
+
+
+def test_a_half_that_is_not_installed_leaves_the_other(
+    type_in, tmp_path, monkeypatch, without_linearmodels
+):
+    stand_in(monkeypatch, train)
+    status, out, err = type_in("demo", "--out", "shown")
+    assert (status, err) == (0, LACKING + "hakari: Trains nothing.\n")
+    assert out.splitlines()[1:] == ["loss 0", "shown/report.html"]
+    assert {p.name for p in (tmp_path / "shown").iterdir()} == {
+        "config.toml",
+        "report.html",
+        "tiny",
+    }
+    assert read_config(tmp_path / "shown")["chapters"] == {"tiny": {"seed": 1}}
+
+
+def test_nothing_installed_is_refused_and_leaves_nothing(
+    type_in, tmp_path, monkeypatch, without_linearmodels
+):
+    stand_in(monkeypatch)
+    status, out, err = type_in("demo", "--out", "shown")
+    assert (status, out) == (2, "")
+    assert err == LACKING + 'hakari: no chapter to show: pip install "hakari[all]"\n'
+    assert not (tmp_path / "shown").exists()
+
+
+@pytest.mark.parametrize("stop", [interrupt, cut_short])
+def test_a_chapter_that_is_interrupted_is_the_last(
+    stop, type_in, tmp_path, monkeypatch, without_linearmodels
+):
+    before = [train] if stop is interrupt else []
+    stand_in(monkeypatch, *before, stop, never)
+    status, out, err = type_in("demo", "--json", "--out", "shown")
+    assert status == 130
+    assert list(json.loads(out)["chapters"]) == ["tiny"]
+    assert ("the report holds the chapters before" in err) == (stop is interrupt)
+    assert Page((tmp_path / "shown" / "report.html").read_text()).headings == ["Nothing trained"]
 
 
 BROWSER = next(
@@ -163,7 +248,7 @@ def opened(page, folder):
 @needs_browser
 def test_a_browser_opens_the_report(report, tmp_path):
     dom, console, outside = opened(report, tmp_path / "browser")
-    assert "<title>hakari demo: returns to schooling</title>" in dom
+    assert "<title>hakari demo: each system on real data</title>" in dom
     assert Page(dom).headings == Page(report.read_text()).headings
     assert console == []
     assert outside == set()

@@ -21,8 +21,10 @@ def test_direction_of_imports():
             "hakari.inference",
             ["torch", "linearmodels", "matplotlib", "hakari.inference.transition"],
         ),
-        ("hakari.run", ["numpy", "hakari.inference"]),
-        ("hakari.cli", ["numpy", "pandas", "numba"]),
+        ("hakari.run", ["numpy", "hakari.inference", "hakari.training"]),
+        ("hakari.terminal", ["numpy", "matplotlib"]),
+        ("hakari.demo", ["torch", "numba", "pandas", "hakari.inference", "hakari.training"]),
+        ("hakari.cli", ["numpy", "pandas", "numba", "torch"]),
     ],
 )
 def test_an_import_loads_only_its_part(module, unwanted):

@@ -11,7 +11,9 @@ import pytest
 import hakari.inference
 
 MODULES = [
-    f"hakari.inference.{module.name}" for module in pkgutil.iter_modules(hakari.inference.__path__)
+    f"{package.__name__}.{module.name}"
+    for package in (hakari, hakari.inference)
+    for module in pkgutil.iter_modules(package.__path__)
 ]
 
 

@@ -11,8 +11,8 @@ import hakari.inference as hi
 from hakari.inference import plots
 from hakari.inference.anderson_rubin import anderson_rubin
 from hakari.inference.comparison import disagreement, linearmodels_estimates, point_estimates
-from hakari.inference.report import Chapter, Picture, Section, Text, svg, write_report
 from hakari.inference.sensitivity import prior_sensitivity
+from hakari.report import Chapter, Picture, Section, Text, svg, write_report
 
 FORMULA = "y ~ 1 + w + [x ~ z1 + z2]"
 

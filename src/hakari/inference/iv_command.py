@@ -5,19 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table as Grid
 
 from hakari import run
 from hakari.inference.iv import Analysis, Question, analyse
-from hakari.inference.iv_record import config, record, to_json
+from hakari.inference.iv_record import config, record
 from hakari.inference.iv_report import iv_chapter
 from hakari.inference.iv_tables import estimates_table, posterior_table, strength_table
 from hakari.inference.patience import patience
-from hakari.inference.report import Table, write_report
 from hakari.inference.result import load, save
 from hakari.inference.verdict import agreement, verdict
-
-INTERRUPTED = 130  # exit status of a command that Ctrl-C stopped
+from hakari.report import write_report
+from hakari.terminal import INTERRUPTED, grid, terminal, to_json
 
 
 def answer(question: Question, out: Path | None, resume: Path | None, json: bool) -> int:
@@ -78,29 +76,6 @@ def show(analysis: Analysis, console: Console) -> None:
     for sentence in verdict(analysis):
         console.print(f"• {sentence}")
     console.print()
-
-
-def terminal() -> Console:
-    """Standard output, wide enough for the tables when it is a file or a pipe."""
-    console = Console(highlight=False, markup=False)
-    return console if console.is_terminal else Console(highlight=False, markup=False, width=120)
-
-
-def grid(table: Table) -> Grid:
-    """A report's table for a terminal."""
-    shown = Grid(
-        title=table.caption,
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        padding=(0, 1, 0, 0),
-    )
-    for place, head in enumerate(table.head):
-        left, head = place == 0, head.replace("linearmodels", "linear-\nmodels")  # 80 columns
-        shown.add_column(head, justify="left" if left else "right", no_wrap=not left)
-    for row in table.rows:
-        shown.add_row(*row)
-    return shown
 
 
 def _posterior_of(folder: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -86,11 +85,6 @@ def config(analysis: Analysis) -> dict[str, Any]:
     }
 
 
-def to_json(found: Any) -> str:
-    """Strict JSON: NaN and the infinities are null."""
-    return json.dumps(_strict(found), allow_nan=False, ensure_ascii=False)
-
-
 def source(question: Question) -> str:
     """What the data are called: a path as typed, a given name, or the kind of object."""
     data = question.data
@@ -158,15 +152,3 @@ def _sampler(analysis: Analysis) -> dict[str, Any]:
         "k_hat": float(checks["k_hat"]) if "k_hat" in checks else math.nan,
         "multivariate_ess": asdict(analysis.ess) | {"enough": analysis.ess.enough},
     }
-
-
-def _strict(found: Any) -> Any:
-    if isinstance(found, dict):
-        return {str(name): _strict(value) for name, value in found.items()}
-    if isinstance(found, list | tuple):
-        return [_strict(value) for value in found]
-    if hasattr(found, "item"):
-        found = found.item()
-    if isinstance(found, float) and not math.isfinite(found):
-        return None
-    return found

@@ -23,8 +23,8 @@ from hakari.inference.plots import (
     traces,
 )
 from hakari.inference.prior_text import describe_prior
-from hakari.inference.report import Block, Chapter, Picture, Section, Text
 from hakari.inference.verdict import agreement, verdict
+from hakari.report import Block, Chapter, Picture, Section, Text
 from hakari.run import versions
 
 SHOWN = 8  # coefficients in a figure

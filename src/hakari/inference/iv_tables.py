@@ -9,7 +9,7 @@ import numpy as np
 
 from hakari.inference.gmm import Statistic
 from hakari.inference.iv import Analysis
-from hakari.inference.report import Facts, Table
+from hakari.report import Facts, Table
 
 
 def number(value: Any, digits: int = 3) -> str:
@@ -42,7 +42,7 @@ def estimates_table(analysis: Analysis) -> Table:
     """The posterior beside each point estimate, standard errors in parentheses."""
     frame = analysis.summary
     columns = sorted(analysis.estimates, key=lambda e: ("2SLS", "IV-GMM", "CUE").index(e.label))
-    head = ["", "posterior", *(f"{e.label}\n{e.source.split()[0]}" for e in columns)]
+    head = ["", "posterior", *(f"{e.label}\n{_narrow(e.source)}" for e in columns)]
     rows = []
     for k, name in enumerate(analysis.moments.names.parameters):
         row = frame.loc[name]
@@ -136,3 +136,8 @@ def facts(analysis: Analysis) -> Facts:
 
 def _statistic(found: Statistic) -> str:
     return number(found.value)
+
+
+def _narrow(source: str) -> str:
+    """A package's name without its version, to be broken where columns are narrow."""
+    return source.split()[0].replace("linearmodels", "linear\N{SOFT HYPHEN}models")

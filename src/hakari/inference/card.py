@@ -1,50 +1,35 @@
-"""`hakari demo`: each system of this half on real data, a chapter each, in one report.
-
-To add a chapter, write a function that returns a `Part` and put it in `CHAPTERS`.
-"""
+"""The demo's chapters on instruments: returns to schooling, Card (1995)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from linearmodels.datasets import card
 from rich.console import Console
 
-from hakari import run
 from hakari.inference.iv import Analysis, Question, analyse
-from hakari.inference.iv_command import INTERRUPTED, grid, show, terminal
-from hakari.inference.iv_record import config, record, to_json
+from hakari.inference.iv_command import show
+from hakari.inference.iv_record import config, record
 from hakari.inference.iv_report import iv_chapter
 from hakari.inference.iv_tables import number
 from hakari.inference.modes import Mode, modes
 from hakari.inference.patience import patience
-from hakari.inference.report import Chapter, Section, Table, Text, write_report
 from hakari.inference.result import save
+from hakari.report import Part, Section, Table, Text
+from hakari.terminal import grid
 
 DRAWS = 5_000
 SCHOOLING = "lwage ~ 1 + exper + expersq + black + south + smsa + [educ ~ {}]"
 
 
-@dataclass(frozen=True)
-class Part:
-    """What a chapter contributes: to the report, the terminal, `--json`, and the run folder."""
-
-    name: str
-    chapter: Chapter
-    show: Callable[[Console], None]
-    record: dict[str, Any]
-    config: dict[str, Any]
-    save: Callable[[Path], None]
-    interrupted: bool = False
-
-
-def card_just_identified() -> Part:
+def just_identified(folder: Path) -> Part:
     """Growing up near a four-year college as the instrument for schooling."""
     return _card(
+        folder,
         "Card: one instrument",
         "nearc4",
         "Card (1995) asks what a year of schooling adds to log hourly wages, with having grown up "
@@ -53,9 +38,10 @@ def card_just_identified() -> Part:
     )
 
 
-def card_over_identified() -> Part:
+def over_identified(folder: Path) -> Part:
     """Two-year and four-year colleges as instruments."""
     return _card(
+        folder,
         "Card: two instruments",
         "nearc2 + nearc4",
         "The same question with a two-year college nearby (nearc2) as a second instrument: now "
@@ -63,57 +49,14 @@ def card_over_identified() -> Part:
     )
 
 
-CHAPTERS: Sequence[Callable[[], Part]] = (card_just_identified, card_over_identified)
-
-
-def answer(out: Path | None, json: bool) -> int:
-    """Run every chapter, write one report and print; returns the exit status."""
-    folder = run.new_run("demo", out)
-    console, errors = terminal(), Console(stderr=True, highlight=False)
-    parts = []
-    try:
-        for build in CHAPTERS:
-            errors.print(f"hakari: {(build.__doc__ or '').strip()}")
-            with patience():
-                parts.append(build())
-            if not json:
-                console.rule(parts[-1].chapter.title)
-                parts[-1].show(console)
-            if parts[-1].interrupted:
-                break
-        report = _write(parts, folder)
-    finally:
-        run.discard(folder)
-    if json:
-        found = {part.name: part.record for part in parts}
-        print(to_json({"chapters": found, "run": str(folder), "report": str(report)}))
-    else:
-        print(report)
-    return INTERRUPTED if any(part.interrupted for part in parts) else 0
-
-
-def _write(parts: Sequence[Part], folder: Path) -> Path:
-    settings = {part.name: part.config for part in parts}
-    run.write_config(folder, {"command": "demo", "chapters": settings})
-    for part in parts:
-        part.save(folder)
-    return write_report(
-        folder / "report.html",
-        "hakari demo: returns to schooling",
-        [part.chapter for part in parts],
-        "Quasi-posteriors from moment conditions on data that come with linearmodels.",
-    )
-
-
-def _card(title: str, instruments: str, intro: str) -> Part:
-    from linearmodels.datasets import card
-
-    data = card.load()
+def _card(folder: Path, title: str, instruments: str, intro: str) -> Part:
     formula, label = SCHOOLING.format(instruments), "Card's data in linearmodels"
-    question = Question(formula, data, draws=DRAWS, data_name=label)
-    analysis = analyse(question, progress=True)
+    question = Question(formula, card.load(), draws=DRAWS, data_name=label)
+    with patience():
+        analysis = analyse(question, progress=True)
+        found = modes(analysis.moments)
     name = "card-" + instruments.replace(" + ", "-")
-    found = modes(analysis.moments)
+    _save(analysis, name, folder)
     chapter = iv_chapter(analysis, title, intro, "hakari demo")
     table = _modes_table(found, analysis)
     section = Section("Three forms of the target", [table, Text(_modes_say(found, analysis))])
@@ -125,7 +68,6 @@ def _card(title: str, instruments: str, intro: str) -> Part:
         partial(_show, analysis, table, _modes_say(found, analysis)),
         record(analysis) | {"modes": [_mode_record(m, analysis) for m in found]},
         config(analysis),
-        partial(_save, analysis, name),
         analysis.interrupted,
     )
 

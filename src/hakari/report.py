@@ -1,22 +1,23 @@
 """A self-contained HTML report: chapters of sections of text, tables and pictures.
 
-Knows nothing of what is reported; `write_report` needs no network to be read. Whoever adds
-a chapter writes a function that returns a `Chapter`.
+Knows nothing of what is reported and belongs to neither half; what `write_report` writes needs
+no network to be read. Whoever adds a chapter writes a function that returns a `Chapter`.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from rich.console import Console
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,29 @@ class Chapter:
     intro: str = ""
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a chapter contributes to `hakari demo`, beside the files that it wrote.
+
+    name: its key in `--json` (`record`) and in config.toml (`config`), and of its files.
+    show: prints the chapter on a terminal.
+    interrupted: whether Ctrl-C cut it short; no chapter follows one that was.
+    """
+
+    name: str
+    chapter: Chapter
+    show: Callable[[Console], None]
+    record: dict[str, Any]
+    config: dict[str, Any]
+    interrupted: bool = False
+
+
 def write_report(path: Path, title: str, chapters: Sequence[Chapter], subtitle: str = "") -> Path:
     """Render chapters to one HTML file; raises FileExistsError rather than overwrite."""
     if path.exists():
         raise FileExistsError(f"{path} exists: give another name, or remove it first")
     environment = Environment(
-        loader=PackageLoader("hakari.inference"),
+        loader=PackageLoader("hakari"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
