@@ -1,0 +1,1 @@
+"""Train dense and mixture-of-experts language models on the hardware you have."""

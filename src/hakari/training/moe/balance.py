@@ -1,0 +1,191 @@
+"""Load balancing over the whole step, from the experts that were sampled.
+
+The loss of one layer is alpha E sum_i f_i P_i: f the share of routed slots that expert i got,
+P_i the mean over tokens of the full softmax (GRIN section 3.3; mixture-of-experts.md section 3).
+It is 1 alpha at a uniform load. Its gradient joins the router's logits in the backward pass,
+where f may be counted over all ranks and micro-batches of the step: a mean of local losses
+would punish an expert for liking the text of one rank.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+FACTS = ("tokens", "entropy", "singletons", "z_squared")
+_local = threading.local()
+
+
+class Ledger(nn.Module):
+    """What one layer's router did since `begin`: counts, and what its balance loss needs."""
+
+    counts: Tensor  # [E], tokens sent to each expert
+    chance: Tensor  # [E], sum over tokens of the full probabilities
+    facts: Tensor  # [4], sums over tokens, named in FACTS; singletons over tokens and slots
+    peak: Tensor  # [], largest |logit|; not finite if any logit is not
+    fraction: Tensor  # [E], share of the load over the step, set by `settle`
+    per_token: Tensor  # [], 1 / tokens of the step, set by `begin`
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.experts = experts
+        self.managed = False
+        self.settled = False
+        for name, (size, dtype) in self._layout().items():
+            self.register_buffer(name, torch.zeros(size, dtype=dtype), persistent=False)
+
+    def _layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        wide = torch.float64
+        return {
+            "counts": ((self.experts,), torch.int64),
+            "chance": ((self.experts,), wide),
+            "facts": ((len(FACTS),), wide),
+            "peak": ((), wide),
+            "fraction": ((self.experts,), wide),
+            "per_token": ((), wide),
+        }
+
+    def clear(self) -> None:
+        """Forget what was counted; the load that `settle` found stays."""
+        for name in ("counts", "chance", "facts", "peak"):
+            getattr(self, name).zero_()
+
+    def _apply(self, move: Any, recurse: bool = True) -> Ledger:
+        # sums stay in float64 and int64 whatever the model is cast to
+        super()._apply(move, recurse)
+        for name, (_, dtype) in self._layout().items():
+            setattr(self, name, getattr(self, name).to(dtype))
+        return self
+
+
+def ledgers(model: nn.Module) -> list[Ledger]:
+    """The ledgers of a model's layers, in order."""
+    return [module for module in model.modules() if isinstance(module, Ledger)]
+
+
+def begin(model: nn.Module, tokens: int | Tensor, *, settled: bool = False) -> None:
+    """Start a step in which `tokens` tokens are routed over all ranks and micro-batches.
+
+    settled: keep the load that `settle` found in a pass that only counted.
+    """
+    for ledger in ledgers(model):
+        ledger.clear()
+        ledger.per_token.fill_(1.0 / tokens) if isinstance(tokens, int) else (
+            ledger.per_token.copy_(tokens.double().reciprocal())
+        )
+        ledger.managed, ledger.settled = True, settled
+
+
+def settle(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """Make the counts so far, summed over `group`, the load that backward passes balance.
+
+    Call it between the forward and the backward pass; with several micro-batches, after a pass
+    over all of them without gradients (`begin(..., settled=True)` then starts the real one).
+    """
+    found = ledgers(model)
+    if not found:
+        return
+    counts = torch.cat([ledger.counts for ledger in found])
+    if group is not None and dist.get_world_size(group) > 1:
+        dist.all_reduce(counts, group=group)
+    for ledger, count in zip(found, counts.split([x.experts for x in found]), strict=True):
+        # .data: the backward pass is meant to see the new value
+        ledger.fraction.data.copy_(count / count.sum().clamp(min=1))
+        ledger.settled = True
+
+
+def inject(
+    logits: Float[Tensor, "T E"],
+    ledger: Ledger,
+    valid: Bool[Tensor, " T"] | None,
+    *,
+    balance: float,
+    z_loss: float,
+    scope: str,
+) -> tuple[Float[Tensor, "T E"], Float[Tensor, " E"]]:
+    """The logits, unchanged, whose backward pass adds the gradients of balance and z-loss.
+
+    scope "step": the load is `settle`'s; "rank", or a layer that no `begin` manages: the load of
+    this very call, which the caller writes into the returned tensor once the experts are chosen.
+    Source: derived; d/dz_t of alpha E f.P is alpha E p * (f - f.p) / tokens.
+    """
+    own = scope == "rank" or not ledger.managed
+    load = torch.zeros_like(ledger.fraction) if own else ledger.fraction
+    tokens = logits.shape[0] if valid is None else valid.sum()
+    each = ledger.per_token if ledger.managed else torch.as_tensor(1.0 / max(int(tokens), 1))
+    return _Inject.apply(logits, valid, load, each, ledger, (balance, z_loss, own)), load
+
+
+class _Inject(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Any, valid: Any, load: Any, each: Any, ledger: Any, how: Any
+    ) -> Any:
+        ctx.save_for_backward(logits, valid)
+        # kept aside: they are filled between forward and backward on purpose
+        ctx.load, ctx.each, ctx.ledger, ctx.how = load, each, ledger, how
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        logits, valid = ctx.saved_tensors
+        balance, z_loss, own = ctx.how
+        if balance and not own and not ctx.ledger.settled:
+            raise RuntimeError(
+                "the load of the step is not known yet: call balance.settle(model, group) between "
+                "forward and backward, or choose balance_scope = 'rank'"
+            )
+        log_sum = torch.logsumexp(logits, -1, keepdim=True)
+        p = (logits - log_sum).exp()
+        load = ctx.load.to(p.dtype)
+        extra = balance * len(load) * p * (load - (p @ load)[:, None])
+        if z_loss:
+            extra = extra + 2 * z_loss * log_sum * p
+        weight = ctx.each.to(p.dtype) if valid is None else (valid * ctx.each).to(p.dtype)[:, None]
+        return gradients[0] + extra * weight, None, None, None, None, None
+
+
+@torch.no_grad()
+def record(
+    ledger: Ledger,
+    logits: Float[Tensor, "T E"],
+    probability: Float[Tensor, "T E"],
+    expert: Int64[Tensor, "T K"],
+    singleton: Bool[Tensor, "T K"],
+    valid: Bool[Tensor, " T"] | None,
+) -> Int64[Tensor, " E"]:
+    """Add one call of the router to the ledger, unless it only recomputes; returns its counts."""
+    one = torch.ones_like(expert) if valid is None else valid[:, None].expand_as(expert).long()
+    counts = torch.zeros_like(ledger.counts).scatter_add_(0, expert.flatten(), one.flatten())
+    if getattr(_local, "recomputing", False):
+        return counts
+    weight = one[:, 0].to(probability.dtype)
+    entropy = -(torch.xlogy(probability, probability).sum(-1) * weight).sum()
+    squared = (torch.logsumexp(logits, -1).square() * weight).sum()
+    single = (singleton * one).sum()
+    ledger.counts += counts
+    ledger.chance += (probability * weight[:, None]).sum(0)
+    ledger.facts += torch.stack([weight.sum(), entropy, single.to(entropy.dtype), squared])
+    ledger.peak.copy_(torch.maximum(ledger.peak, logits.abs().amax()))
+    return counts
+
+
+def recompute_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """`context_fn` of torch.utils.checkpoint: a recomputed router is not counted again."""
+    return nullcontext(), _recomputing()
+
+
+@contextmanager
+def _recomputing() -> Iterator[None]:
+    _local.recomputing = True
+    try:
+        yield
+    finally:
+        _local.recomputing = False

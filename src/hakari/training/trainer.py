@@ -1,0 +1,172 @@
+"""The training run: from the newest checkpoint to the last step, measured, validated, saved.
+
+`train(config, run, text, held_out, mesh)` is the same program on one process and on many.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from hakari.training import checkpoint
+from hakari.training.batches import Batch, Windows, rank_batch, validation_batches
+from hakari.training.config import Config
+from hakari.training.hardware import memory_bytes, peak_flops
+from hakari.training.interrupt import graceful_stop
+from hakari.training.metrics import Metrics
+from hakari.training.moe.health import problems
+from hakari.training.shards import Tokens
+from hakari.training.size import size
+from hakari.training.step import Outcome, Trainer, make_work, prepare, train_step, validate
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """How far a run is: steps, sequences and predicted tokens. Saved with each checkpoint."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+
+def train(config: Config, run: Path, text: Tokens, held_out: Tokens, mesh: DeviceMesh) -> bool:
+    """Train until `config.steps`, from the newest checkpoint in `run` if there is one.
+
+    text, held_out: token shards to train on and to validate with. Every process calls it.
+    Returns False if a signal stopped the run early; a checkpoint is written either way.
+    Raises FloatingPointError, with a checkpoint of the last good state, if a value is not finite.
+    """
+    trainer = prepare(config, mesh)
+    cursor = Cursor()
+    if found := checkpoint.whole(run):
+        cursor = Cursor(**checkpoint.load(found[-1], trainer.model, trainer.optimizer))
+    with ExitStack() as stack:
+        stack.enter_context(_collecting_between_steps())
+        asked = stack.enter_context(graceful_stop())
+        metrics = None
+        if dist.get_rank() == 0:
+            metrics = stack.enter_context(Metrics(run, config.steps, cursor.step))
+        return _loop(trainer, run, (text, held_out), cursor, asked, metrics)
+
+
+def _loop(
+    trainer: Trainer,
+    run: Path,
+    texts: tuple[Tokens, Tokens],
+    cursor: Cursor,
+    asked: Event,
+    metrics: Metrics | None,
+) -> bool:
+    config = trainer.config
+    text, held_out = (
+        Windows(tokens, config.length, config.seed, config.data.packing) for tokens in texts
+    )
+    measure, silent = _meter(trainer), dict[tuple[int, int], int]()
+    saved = cursor.step
+    while cursor.step < config.steps:
+        begun = time.perf_counter()
+        try:
+            outcome = _one(trainer, text, cursor)
+            said = problems(outcome.health, cursor.step + 1, silent, config.model.moe.dead_steps)
+        except (FloatingPointError, RuntimeError):
+            if saved < cursor.step:
+                _save(trainer, run, cursor, metrics)
+            raise
+        cursor = Cursor(
+            cursor.step + 1, cursor.samples + config.batch, cursor.tokens + outcome.tokens
+        )
+        row = measure(outcome, cursor, time.perf_counter() - begun)
+        if _due(config.validate_every, cursor.step, config.steps):
+            row["validation_loss"] = validate(trainer, _held_out(trainer, held_out))
+        if metrics:
+            metrics.add(row, outcome.health, said)
+        stop = _any(asked.is_set(), trainer.mesh)
+        if stop or _due(config.checkpoint_every, cursor.step, config.steps):
+            _save(trainer, run, cursor, metrics)
+            saved = cursor.step
+        if stop:
+            break
+    return cursor.step >= config.steps
+
+
+def _one(trainer: Trainer, text: Windows, cursor: Cursor) -> Outcome:
+    axis = trainer.mesh["data"]
+    batch = rank_batch(
+        text, cursor.samples, trainer.config.batch, axis.get_local_rank(), axis.size()
+    )
+    if cursor.step % 100 == 0:
+        gc.collect()
+    return train_step(trainer, make_work(trainer, batch, cursor.step), cursor.step)
+
+
+def _held_out(trainer: Trainer, windows: Windows) -> Iterator[Batch]:
+    """Validation batches, the share of this data-parallel rank."""
+    config, axis = trainer.config, trainer.mesh["data"]
+    share = (axis.get_local_rank(), axis.size())
+    batches = validation_batches(windows, config.batch, *share)
+    return itertools.islice(batches, config.validate_batches or None)
+
+
+def _save(trainer: Trainer, run: Path, cursor: Cursor, metrics: Metrics | None) -> None:
+    keep = trainer.config.keep
+    checkpoint.save(run, cursor.step, trainer.model, trainer.optimizer, asdict(cursor), keep)
+    if metrics:
+        metrics.save()
+
+
+def _meter(trainer: Trainer) -> Callable[[Outcome, Cursor, float], dict[str, Any]]:
+    """A function that turns a step into its row of metrics."""
+    config, device = trainer.config, torch.device(trainer.mesh.device_type)
+    dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    peak = peak_flops(device, dtype) * dist.get_world_size()
+    flops = size(config, dist.get_world_size()).flops_per_token
+
+    def row(outcome: Outcome, cursor: Cursor, seconds: float) -> dict[str, Any]:
+        speed = outcome.tokens / seconds
+        return {
+            "step": cursor.step,
+            "loss": outcome.loss,
+            "validation_loss": None,
+            "tokens": cursor.tokens,
+            "tokens_per_second": speed,
+            "mfu": speed * flops / peak,
+            "learning_rate": trainer.optimizer.param_groups[0]["lr"],
+            "gradient_norm": outcome.gradient_norm,
+            "memory_gib": memory_bytes(device) / GIB,
+            "seconds": seconds,
+        }
+
+    return row
+
+
+def _due(every: int, step: int, steps: int) -> bool:
+    return step == steps or bool(every and step % every == 0)
+
+
+def _any(flag: bool, mesh: DeviceMesh) -> bool:
+    """Whether any process was asked to stop, so that all stop after the same step."""
+    asked = torch.tensor(float(flag), device=mesh.device_type)
+    dist.all_reduce(asked, dist.ReduceOp.MAX)
+    return bool(asked)
+
+
+def _collecting_between_steps() -> ExitStack:
+    """Python's garbage collector, off: it runs between steps, so that ranks do not stall."""
+    gc.collect()
+    gc.disable()
+    stack = ExitStack()
+    stack.callback(gc.enable)
+    return stack
