@@ -90,7 +90,11 @@ def progress(folder: Path) -> dict[str, Any]:
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    return {f"model.{name}": value for name, value in model.state_dict().items()}
+    """Each weight once, under its first name where two are tied, and what else is kept."""
+    names = [name for name, _ in model.named_parameters()]
+    state, all_names = model.state_dict(), dict(model.named_parameters(remove_duplicate=False))
+    names += [name for name in state if name not in all_names]
+    return {f"model.{name}": state[name] for name in names}
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -9,6 +9,8 @@ load makes one wait for another and no token is dropped (mixture-of-experts.md s
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch.distributed as dist
 from torch import nn
@@ -40,6 +42,19 @@ def start_processes(device: str) -> None:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """A process group of this process, where there is none yet, for as long as the block runs."""
+    if dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def make_mesh(config: Parallel, device: str) -> DeviceMesh:

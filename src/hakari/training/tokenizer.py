@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import tokenizers
-from jaxtyping import UInt32
+from jaxtyping import Integer, UInt32
 from numpy import ndarray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -120,7 +120,7 @@ def encode(tokenizer: Tokenizer, text: str) -> UInt32[ndarray, " n"]:
     return next(encode_documents(tokenizer, [Document("", text)]))[1]
 
 
-def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+def decode(tokenizer: Tokenizer, ids: Iterable[int] | Integer[ndarray, " n"]) -> str:
     """The text of ids, special tokens included; bytes that are not UTF-8 become U+FFFD."""
     return tokenizer.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 

@@ -42,10 +42,18 @@ class Cursor:
     tokens: int = 0
 
 
-def train(config: Config, run: Path, text: Tokens, held_out: Tokens, mesh: DeviceMesh) -> bool:
+def train(
+    config: Config,
+    run: Path,
+    text: Tokens,
+    held_out: Tokens,
+    mesh: DeviceMesh,
+    watch: bool = True,
+) -> bool:
     """Train until `config.steps`, from the newest checkpoint in `run` if there is one.
 
-    text, held_out: token shards to train on and to validate with. Every process calls it.
+    text, held_out: token shards to train on and to validate with. watch: show progress.
+    Every process calls it.
     Returns False if a signal stopped the run early; a checkpoint is written either way.
     Raises FloatingPointError, with a checkpoint of the last good state, if a value is not finite.
     """
@@ -58,7 +66,7 @@ def train(config: Config, run: Path, text: Tokens, held_out: Tokens, mesh: Devic
         asked = stack.enter_context(graceful_stop())
         metrics = None
         if dist.get_rank() == 0:
-            metrics = stack.enter_context(Metrics(run, config.steps, cursor.step))
+            metrics = stack.enter_context(Metrics(run, config.steps, cursor.step, watch))
         return _loop(trainer, run, (text, held_out), cursor, asked, metrics)
 
 

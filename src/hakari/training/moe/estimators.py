@@ -155,6 +155,12 @@ def combine(
     gate's.
 
     Source: GRIN section 3.2, Algorithms 1 and 2; mixture-of-experts.md sections 2.2 and 2.4.
+
+    >>> from hakari.training.moe.router import route
+    >>> row, options = ESTIMATORS["gshard"], {"jitter": 0.1, "mask": "code", "layer": 0}
+    >>> r = route(torch.zeros(3, 4), row, top_k=2, noise=None, **options)
+    >>> combine(torch.ones(3, 2, 1), r, row).tolist()
+    [[1.0], [1.0], [1.0]]
     """
     drawn = routing.sampled
     result: Tensor = _Combine.apply(

@@ -145,7 +145,7 @@ def _tensor_parallel(x: Tensor, expert: Tensor, gate: DTensor, up: Tensor, down:
 def _cast(*tensors: Tensor) -> list[Tensor]:
     """Under autocast, its dtype; else refuse different ones. grouped_mm does neither."""
     device = tensors[0].device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
     if len({tensor.dtype for tensor in tensors}) > 1:
         dtypes = ", ".join(str(tensor.dtype) for tensor in tensors)
@@ -211,7 +211,9 @@ def _mlp_context(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)  # what is kept gets no gradient, and zeros cost time
 
 
-def _mlp_gradient(ctx: Any, grad: Tensor, *_: Any) -> Any:
+def _mlp_gradient(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
+    if grad is None:
+        return None, None, None, None, None
     grad_x, *grad_weights = _mlp_backward(grad, *ctx.saved_tensors)
     return grad_x, None, *grad_weights
 

@@ -57,14 +57,21 @@ def route(
     """Choose `top_k` experts for each token.
 
     logits: float32 or float64, from which all results have their dtype. Values that are not
-    finite give gates that are not finite: the layer checks for them.
+    finite do not raise here, and name valid experts: the layer checks the logits.
     jitter, mask: width and formula of the mask of a sampled estimator, in inference too; see
     `mask_ratio`. Others ignore them.
     noise: keys from `noise.token_keys`; None is inference: the best experts, s = 1.
     layer: which of the layers this is, part of the noise's key.
     bias: added to the sigmoids of aux_free when experts are selected, not in the gate.
 
-    Raises ValueError as `check_routing` does, and for logits or noise of a wrong kind.
+    Raises ValueError as `check_routing` does, for logits narrower than float32, and for noise or
+    bias of a wrong shape.
+
+    >>> from hakari.training.moe.estimators import ESTIMATORS
+    >>> options = {"top_k": 2, "jitter": 0.1, "mask": "code", "noise": None, "layer": 0}
+    >>> r = route(torch.tensor([[2.0, 1.9, -1.0]]), ESTIMATORS["grin"], **options)
+    >>> r.expert.tolist(), r.singleton.tolist()
+    ([[0, 1]], [[False, True]])
     """
     check_routing(estimator, top_k=top_k, experts=logits.shape[-1], jitter=jitter, mask=mask)
     _check_tensors(logits, estimator, noise, bias)
