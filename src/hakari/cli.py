@@ -38,6 +38,8 @@ OUTPUT = Group.create_ordered(
     "Output", help="For example: --out runs/schooling --json > answer.json"
 )
 
+RUN = Group.create_ordered("Run", help="For example: hakari train examples/moe_tiny.toml")
+
 Method = Literal["auto", "mh", "da", "da-exact", "da-approx", "independence", "preconditioned"]
 Out = Annotated[Path | None, Parameter(group=OUTPUT)]
 Json = Annotated[bool, Parameter(name="--json", negative="", group=OUTPUT)]
@@ -136,6 +138,82 @@ def iv(
         level,
     )
     return answer(question, out, resume, json)
+
+
+@app.command
+def train(
+    config: Annotated[Path | None, Parameter(group=RUN)] = None,
+    /,
+    *,
+    set_: Annotated[
+        tuple[str, ...], Parameter(name="--set", group=RUN, negative="", show_default=False)
+    ] = (),
+    out: Annotated[Path | None, Parameter(group=RUN)] = None,
+    resume: Annotated[Path | None, Parameter(group=RUN)] = None,
+    fields: Annotated[bool, Parameter(negative="", group=RUN)] = False,
+) -> int:
+    """Train a language model, dense or mixture of experts, from one TOML file.
+
+    On several processes or machines: torchrun --nproc-per-node 2 -m hakari.training CONFIG ...
+    takes the same arguments. Ctrl-C and SIGTERM finish the step, save a checkpoint and stop.
+    The last line printed is the run folder: config.toml, metrics.parquet, loss.png, experts.png,
+    tensorboard/, checkpoints/.
+
+    Parameters
+    ----------
+    config: Path
+        TOML file; `hakari train --fields` lists what may stand in it.
+    set_: tuple
+        Repeatable. Change one field: --set steps=20 --set model.dim=256.
+    out: Path
+        Run folder to make; an existing one must be empty. Without it, a free name in runs/.
+    resume: Path
+        Folder of a run to carry on from its newest checkpoint, on any number of processes.
+    fields: bool
+        List every field with its type, default and meaning, and stop.
+    """
+    if fields:
+        from hakari.training.config import explain
+
+        for name, kind, default, text in explain():
+            print(f"{name} = {default}  ({kind})\n    {text}")
+        return 0
+    from hakari.training.train_command import answer
+
+    return answer(config, set_, out, resume)
+
+
+@app.command
+def generate(
+    run: Annotated[Path, Parameter(group=RUN)],
+    prompt: Annotated[str, Parameter(group=RUN)] = "",
+    /,
+    *,
+    tokens: Annotated[int, Parameter(group=RUN)] = 200,
+    temperature: Annotated[float, Parameter(group=RUN)] = 0.8,
+    top_p: Annotated[float, Parameter(group=RUN)] = 0.95,
+    seed: Annotated[int, Parameter(group=RUN)] = 1,
+) -> int:
+    """Write text with a trained model, continuing a prompt.
+
+    Parameters
+    ----------
+    run: Path
+        Run folder that `hakari train` made; its newest checkpoint is used.
+    prompt: str
+        Text to continue; without it, the model starts a document.
+    tokens: int
+        Tokens to write at most; it stops earlier where the model ends the document.
+    temperature: float
+        Below 1: closer to the likeliest text; 0: always the likeliest token.
+    top_p: float
+        Draw from the likeliest tokens that together have this probability.
+    seed: int
+        The same seed writes the same text.
+    """
+    from hakari.training.generate_command import answer
+
+    return answer(run, prompt, tokens, temperature, top_p, seed)
 
 
 @app.command

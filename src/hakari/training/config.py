@@ -120,9 +120,12 @@ class Data:
         "files, folders, globs, .jsonl or .parquet; 'stdlib:GLOB' looks in Python's own library",
     )
     column: str = _option("text", "column of .jsonl and .parquet that holds the text")
+    documents: Literal["file", "part", "line"] = _option(
+        "file", "what a document is in plain text: a file, about 32,000 characters of it, a line"
+    )
     tokenizer: str = _option("", "tokenizer.json or a Hugging Face folder; empty: train one")
     vocabulary: int = _option(4096, "size of the tokenizer that is trained")
-    validation: float = _option(0.02, "share of the documents kept for validation")
+    validation: float = _option(0.05, "share of the documents kept for validation")
     cache: str = _option("", "where token shards are kept; empty: ~/.cache/hakari/tokens")
     shard_tokens: int = _option(100_000_000, "tokens in a shard file")
     packing: bool = _option(True, "join documents into full rows; false: one document a row")
@@ -180,7 +183,7 @@ class Config:
     """A training run."""
 
     steps: int = _option(1000, "optimizer steps of the whole run")
-    seed: int = _option(1, "of initialisation, order of the data and routing noise")
+    seed: int = _option(1, "of initialisation, order of the data, and routing noise")
     batch: int = _option(16, "sequences in a step, over all processes")
     micro_batch: int = _option(0, "sequences in one forward pass of a process; 0: all of its share")
     length: int = _option(256, "tokens in a sequence")

@@ -24,11 +24,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hakari.training.config import Model
-from hakari.training.hugging_face_config import from_table, to_table
+from hakari.training.hugging_face_config import from_table, places, stacked, to_table
 from hakari.training.model import Transformer, put
+from hakari.training.tokenizer import Tokenizer
+from hakari.training.tokenizer import save as save_tokenizer
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-TOKENIZER = "tokenizer.json"
 
 
 def read_config(folder: str | Path) -> Model:
@@ -65,7 +66,7 @@ def load(folder: str | Path, model: Transformer, strict: bool = True) -> list[st
 def save(
     model: Transformer,
     folder: str | Path,
-    tokenizer: str | Path | None = None,
+    tokenizer: Tokenizer | None = None,
     *,
     dtype: torch.dtype | None = None,
     length: int = 2048,
@@ -73,8 +74,8 @@ def save(
 ) -> None:
     """Write a folder that transformers' `AutoModelForCausalLM.from_pretrained` opens.
 
-    tokenizer: a tokenizer.json to copy. dtype: of the file; None: as the weights are. length:
-    tokens of the longest text, a note to other programs. shard_bytes: most in one file.
+    tokenizer: written beside it. dtype: of the file; None: as the weights are. length: tokens of
+    the longest text, a note to other programs. shard_bytes: most in one file.
     The folder appears whole or not at all.
     Raises FileExistsError if it holds anything; ValueError, before anything is written, if
     neither architecture can express the model, or the model is a part or has sharded weights.
@@ -93,7 +94,8 @@ def save(
     try:
         _write_weights(partial, tensors, dtype, shard_bytes)
         if tokenizer is not None:
-            _write_tokenizer(partial, Path(tokenizer))
+            save_tokenizer(tokenizer, partial)
+            table["eos_token_id"] = tokenizer.end_of_text
         _write_json(partial / CONFIG, table)
         partial.rename(folder)
     finally:
@@ -114,13 +116,13 @@ class Weights(Mapping[str, Tensor]):
             for part in [_open(file)]
             for name in part.keys()  # noqa: SIM118 - not a mapping
         }
-        self.names = {name: _places(name, self.config) for name in _parameters(self.config)}
+        self.names = {name: places(name, self.config) for name in _parameters(self.config)}
         if self.config.tied:
             self.names["head.weight"] = self.names["embed.weight"]
 
     def __getitem__(self, name: str) -> Tensor:
         tensors = [self._read(place) for place in self.names[name]]
-        return torch.stack(tensors) if _stacked(name) else tensors[0]
+        return torch.stack(tensors) if stacked(name) else tensors[0]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -133,19 +135,19 @@ class Weights(Mapping[str, Tensor]):
         config = model.config
         if config.tied and not self.config.tied:
             raise ValueError(f"{self.folder} has a head of its own: set model.tied = false")
-        known = {place for name in _parameters(config) for place in _places(name, config)}
+        known = {place for name in _parameters(config) for place in places(name, config)}
         unexpected = [name for name in self.found if name not in known and not self._idle(name)]
         missing: dict[str, list[str]] = {}
         wrong: list[str] = []
         for name, weight in model.named_parameters():
             if weight.is_meta:
                 raise ValueError(f"{name} is on the meta device: call model.to_empty first")
-            places = self.names.get(name) or _places(name, config)
-            if absent := [place for place in places if place not in self.found]:
+            own = self.names.get(name) or places(name, config)
+            if absent := [place for place in own if place not in self.found]:
                 missing[name] = absent
             else:
                 wrong += self._unlike(name, tuple(weight.shape))
-        absent = [place for places in missing.values() for place in places]
+        absent = [place for lost in missing.values() for place in lost]
         faults = {"wrong shape": wrong}
         if strict:
             faults |= {"missing": absent, "unexpected": unexpected}
@@ -155,7 +157,7 @@ class Weights(Mapping[str, Tensor]):
 
     def complete(self) -> None:
         """Raise ValueError if the files do not hold just what config.json implies."""
-        known = {place for places in self.names.values() for place in places}
+        known = {place for own in self.names.values() for place in own}
         faults = {
             "missing": [place for place in known if place not in self.found],
             "unexpected": [p for p in self.found if p not in known and not self._idle(p)],
@@ -164,13 +166,13 @@ class Weights(Mapping[str, Tensor]):
             raise ValueError(f"{self.folder} is not what its {CONFIG} says: {_listed(faults)}")
 
     def _unlike(self, name: str, shape: tuple[int, ...]) -> list[str]:
-        places = self.names[name]
-        if _stacked(name):
-            if len(places) != shape[0]:
-                return [f"{name} has {len(places)} experts, the model {shape[0]}"]
+        own = self.names[name]
+        if stacked(name):
+            if len(own) != shape[0]:
+                return [f"{name} has {len(own)} experts, the model {shape[0]}"]
             shape = shape[1:]
-        found = {place: self.found[place][1] for place in places}
-        return [f"{p} is {own}, the model has {shape}" for p, own in found.items() if own != shape]
+        found = {place: self.found[place][1] for place in own}
+        return [f"{p} is {has}, the model has {shape}" for p, has in found.items() if has != shape]
 
     def _idle(self, name: str) -> bool:
         """Old files repeat the tied head and hold the rotary frequencies."""
@@ -183,43 +185,6 @@ class Weights(Mapping[str, Tensor]):
             raise ValueError(f"{self.folder} has no tensor {place}")
         tensor: Tensor = _open(self.found[place][0]).get_tensor(place)
         return tensor
-
-
-# --- names --------------------------------------------------------------------------------
-
-_PARTS = {
-    "embed": "model.embed_tokens",
-    "norm": "model.norm",
-    "head": "lm_head",
-    "attention_norm": "input_layernorm",
-    "attention.query": "self_attn.q_proj",
-    "attention.key": "self_attn.k_proj",
-    "attention.value": "self_attn.v_proj",
-    "attention.output": "self_attn.o_proj",
-    "mlp_norm": "post_attention_layernorm",
-    "mlp.gate": "mlp.gate_proj",
-    "mlp.up": "mlp.up_proj",
-    "mlp.down": "mlp.down_proj",
-    "mlp.router": "block_sparse_moe.gate",
-}
-_EXPERTS = {"mlp.gate": "w1", "mlp.up": "w3", "mlp.down": "w2"}
-
-
-def _places(name: str, config: Model) -> list[str]:
-    """Names in files of a parameter; experts, which are stacked here, have one each."""
-    prefix, part = "", name
-    if name.startswith("layers."):
-        _, layer, part = name.split(".", 2)
-        prefix = f"model.layers.{layer}."
-    if part in _EXPERTS:
-        middle, experts = f"{prefix}block_sparse_moe.experts", range(config.moe.experts)
-        return [f"{middle}.{expert}.{_EXPERTS[part]}.weight" for expert in experts]
-    stem, _, kind = part.rpartition(".")
-    return [f"{prefix}{_PARTS[stem]}.{kind}"]
-
-
-def _stacked(name: str) -> bool:
-    return name.split(".", 2)[-1] in _EXPERTS
 
 
 def _parameters(config: Model) -> list[str]:
@@ -280,8 +245,8 @@ def _pieces(model: Transformer) -> list[tuple[str, Tensor]]:
     for name, weight in own.items():
         if isinstance(weight, DTensor):
             raise ValueError(f"{name} is a shard: load the run's checkpoint in one process first")
-        parts = weight.unbind(0) if _stacked(name) else [weight]
-        pieces += list(zip(_places(name, model.config), parts, strict=True))
+        parts = weight.unbind(0) if stacked(name) else [weight]
+        pieces += list(zip(places(name, model.config), parts, strict=True))
     return pieces
 
 
@@ -305,12 +270,6 @@ def _write_weights(
     if len(shards) > 1:
         places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
-
-
-def _write_tokenizer(folder: Path, file: Path) -> None:
-    file = file / TOKENIZER if file.is_dir() else file
-    shutil.copyfile(file, folder / TOKENIZER)
-    _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _write_json(file: Path, table: Mapping[str, Any]) -> None:

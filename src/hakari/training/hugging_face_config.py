@@ -1,4 +1,4 @@
-"""config.json of Hugging Face's Llama and Phi-MoE <-> `config.Model`.
+"""config.json and tensor names of Hugging Face's Llama and Phi-MoE, and `config.Model`'s.
 
 What has no counterpart is refused: a model that is not the same still gives logits.
 """
@@ -52,6 +52,22 @@ _COMMON_DEFAULTS = {
     "tie_word_embeddings": False,
     "initializer_range": 0.02,
 }
+_PARTS = {
+    "embed": "model.embed_tokens",
+    "norm": "model.norm",
+    "head": "lm_head",
+    "attention_norm": "input_layernorm",
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.output": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+    "mlp.router": "block_sparse_moe.gate",
+}
+_EXPERTS = {"mlp.gate": "w1", "mlp.up": "w3", "mlp.down": "w2"}
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "mlp_bias": (False,),
@@ -113,6 +129,24 @@ def to_table(config: Model) -> dict[str, Any]:
         table |= {key: getattr(config.moe, field) for field, key in _MOE_FIELDS.items()}
         table |= {"num_experts_per_tok": 2, "sliding_window": config.window or None}
     return table
+
+
+def places(name: str, config: Model) -> list[str]:
+    """Names in files of a parameter; experts, which are stacked here, have one each."""
+    prefix, part = "", name
+    if name.startswith("layers."):
+        _, layer, part = name.split(".", 2)
+        prefix = f"model.layers.{layer}."
+    if part in _EXPERTS:
+        middle, experts = f"{prefix}block_sparse_moe.experts", range(config.moe.experts)
+        return [f"{middle}.{expert}.{_EXPERTS[part]}.weight" for expert in experts]
+    stem, _, kind = part.rpartition(".")
+    return [f"{prefix}{_PARTS[stem]}.{kind}"]
+
+
+def stacked(name: str) -> bool:
+    """Whether a parameter here is several tensors in files, one for each expert."""
+    return name.split(".", 2)[-1] in _EXPERTS
 
 
 # --- reading ------------------------------------------------------------------------------

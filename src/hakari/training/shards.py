@@ -26,7 +26,7 @@ import tokenizers
 from jaxtyping import Int64, UInt
 from numpy import ndarray
 
-from hakari.training.text import Document, documents, files
+from hakari.training.text import Document, Unit, documents, files
 from hakari.training.tokenizer import FILE, Tokenizer, encode_documents, load, save, train
 
 INDEX = "index.json"
@@ -89,6 +89,7 @@ class _Plan:
     validation: float
     seed: int
     shard_tokens: int
+    unit: Unit
 
 
 def prepare(
@@ -100,12 +101,13 @@ def prepare(
     seed: int,
     folder: Path,
     shard_tokens: int = 100_000_000,
+    unit: Unit = "file",
     progress: Progress = lambda stage, documents, size: None,
 ) -> Path:
     """Tokenize text into `folder`/KEY and return that path; KEY names all that the result is of.
 
-    sources, column: as in `text.documents`. tokenizer: as in `tokenizer.load`; None: train one
-    of so large a `vocabulary` on the training documents. validation: share of the documents that
+    sources, column, unit: as in `text.documents`. tokenizer: as in `tokenizer.load`; None: train
+    one of so large a `vocabulary` on the training documents. validation: share of the documents that
     is kept apart, by a hash of (seed, text), so that equal texts go the same way in any order.
     progress: called with "tokenizer" or "tokens", and the documents and bytes read so far.
     What is there already is not made again. The result appears at once when it is complete; of
@@ -113,7 +115,7 @@ def prepare(
     a `.KEY-*.partial`, which nothing reads.
     Raises what reading text and tokenizers raises; ValueError if a split is left without text.
     """
-    plan = _Plan(tuple(sources), column, validation, seed, shard_tokens)
+    plan = _Plan(tuple(sources), column, validation, seed, shard_tokens, unit)
     _check(plan)
     given = load(tokenizer) if tokenizer else None
     key = _key(plan, given.digest + str(given.end_of_text) if given else str(vocabulary))
@@ -226,7 +228,8 @@ def _share(document: Document, seed: int) -> float:
 
 
 def _training(plan: _Plan, progress: Progress) -> Iterator[Document]:
-    for document in _counted(documents(plan.sources, plan.column), "tokenizer", progress):
+    read = documents(plan.sources, plan.column, plan.unit)
+    for document in _counted(read, "tokenizer", progress):
         if _share(document, plan.seed) >= plan.validation:
             yield document
 
@@ -298,7 +301,7 @@ def _write_tokens(
         }
         for writer in writers.values():
             stack.callback(writer.close)
-        read = _counted(documents(plan.sources, plan.column), "tokens", progress)
+        read = _counted(documents(plan.sources, plan.column, plan.unit), "tokens", progress)
         for document, ids in encode_documents(tokenizer, read):
             share = _share(document, plan.seed)
             writers[SPLITS[share < plan.validation]].add(ids)
@@ -325,8 +328,8 @@ def _no_split(plan: _Plan, number: int, shares: list[float]) -> str:
     given = f"validation = {plan.validation} of {number} documents"
     if low == high:
         return (
-            f"{given}, all the same, leaves nothing to divide: a file is one document, so cut it "
-            "into several, or give a .jsonl with a document a line"
+            f"{given}, all the same, leaves nothing to divide: give more files, or set "
+            "data.documents to part (of a book) or line"
         )
     if low >= plan.validation:
         return f"{given} keeps none for validation: {_above(low, high)} would keep one"

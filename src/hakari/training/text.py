@@ -15,14 +15,18 @@ import sysconfig
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 STDLIB = "stdlib:"
 # of Python's library: installed packages are not it, and tests hold text broken on purpose
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+LEFT_OUT |= {"encodings"}  # and these are tables of characters
 ROWS = (".jsonl", ".ndjson", ".json")
 TEXT_CONTROLS = {7, 8, 9, 10, 11, 12, 13, 27}  # control characters that text holds, as file(1)
 HEAD = 8192  # bytes that tell text from binary
+PART = 32_000  # characters of a part, if blank lines allow
+
+Unit = Literal["file", "part", "line"]
 
 
 class Document(NamedTuple):
@@ -32,11 +36,15 @@ class Document(NamedTuple):
     text: str
 
 
-def documents(sources: Sequence[str], column: str | None = None) -> Iterator[Document]:
+def documents(
+    sources: Sequence[str], column: str | None = None, unit: Unit = "file"
+) -> Iterator[Document]:
     """Every document that is not empty, in the order of `files` and of each file's rows.
 
     sources: as in `files`. A file is one document; but a .jsonl, .ndjson or .json file holds one
     a line, and a .parquet file one a row, in `column`. All but Parquet may be packed as .gz.
+    unit: what a plain file's documents are: the whole file; parts of about 32,000 characters, cut
+    at blank lines, for books; or lines.
     Text is UTF-8, kept byte for byte but for a byte order mark at its start.
     Raises FileNotFoundError as `files` does; ValueError, with the place, for what cannot be
     read, a missing column, and a corpus without any text.
@@ -47,7 +55,7 @@ def documents(sources: Sequence[str], column: str | None = None) -> Iterator[Doc
     paths = files(sources)
     empty = True
     for path in paths:
-        for document in _read(path, column):
+        for document in _read(path, column, unit):
             if document.text:
                 empty = False
                 yield document
@@ -160,7 +168,7 @@ def _binary(path: Path) -> bool:
 # --- one file -----------------------------------------------------------------------------
 
 
-def _read(path: Path, column: str | None) -> Iterator[Document]:
+def _read(path: Path, column: str | None, unit: Unit) -> Iterator[Document]:
     if path.suffix.lower() == ".parquet":
         yield from _parquet(path, column)
         return
@@ -169,9 +177,25 @@ def _read(path: Path, column: str | None) -> Iterator[Document]:
             if path.name.lower().removesuffix(".gz").endswith(ROWS):
                 yield from _json_lines(path, stream, column)
             else:
-                yield Document(str(path), _decode(path, stream.read()))
+                yield from _cut(str(path), _decode(path, stream.read()), unit)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is not a whole gzip file ({error}): pack it again") from None
+
+
+def _cut(name: str, text: str, unit: Unit) -> Iterator[Document]:
+    """A plain text's documents; joined, they are the text (lines: without the line ends)."""
+    if unit == "file":
+        yield Document(name, text)
+    elif unit == "line":
+        for number, line in enumerate(text.splitlines(), 1):
+            yield Document(f"{name}:{number}", line)
+    else:
+        start = 0
+        while start < len(text):
+            blank = text.find("\n\n", start + PART)
+            end = len(text) if blank < 0 else blank + 2
+            yield Document(f"{name}@{start}", text[start:end])
+            start = end
 
 
 def _open(path: Path) -> io.BufferedIOBase:

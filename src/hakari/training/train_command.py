@@ -30,6 +30,7 @@ from hakari.training.trainer import train
 FREE: tuple[str, ...] = ("parallel", "micro_batch", "steps", "recompute", "compile")
 FREE += ("deterministic", "validate_every", "validate_batches", "checkpoint_every", "keep")
 ENVIRONMENT = "environment.json"
+SPLITS = ("train", "validation")
 
 
 def answer(file: Path | None, changes: Sequence[str], out: Path | None, resume: Path | None) -> int:
@@ -65,7 +66,8 @@ def run_training(wanted: Config, folder: Path, device: torch.device, watch: bool
     mesh = make_mesh(wanted.parallel, device.type)
     wanted = with_start(wanted)
     store = _shards(wanted)
-    text, held_out = (shards.open_shards(store, split) for split in ("train", "validation"))
+    verify = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    text, held_out = (shards.open_shards(store, name, verify) for name in SPLITS)
     resolved = with_vocabulary(wanted, text)
     check(resolved.model, resolved.parallel, resolved.batch, mesh["data"].size())
     if dist.get_rank() == 0:
@@ -111,6 +113,11 @@ def with_vocabulary(wanted: Config, text: Tokens) -> Config:
         )
     rounded = size or -(-text.vocabulary // 64) * 64
     return replace(wanted, model=replace(wanted.model, vocabulary=rounded))
+
+
+def store_of(folder: Path) -> Path:
+    """The token shards that a run read."""
+    return Path(json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))["tokens"])
 
 
 # --- the run folder -----------------------------------------------------------------------
@@ -195,9 +202,10 @@ def _prepare(wanted: Config, watch: bool) -> Path:
             data.tokenizer or None,
             data.vocabulary,
             data.validation,
-            wanted.seed,
+            0,  # runs with other seeds keep the same text for validation
             cache,
             data.shard_tokens,
+            data.documents,
             progress,
         )
 

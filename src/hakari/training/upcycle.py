@@ -5,13 +5,16 @@ With equal experts a layer gives c MLP(x), c the sum of a token's gates. How nea
 the dense model is therefore how constant c is:
 
 - gshard, aux_free: c = 1, and the start is the dense model itself.
-- grin and the other masked gates: a slot's gate is 1 over the number of its candidates, in
-  1 .. E, whatever the size of small logits, because the mask is scale-free
-  (mixture-of-experts.md section 0, finding 5); c is K only where both slots have one candidate.
+- grin and the other masked gates: a slot's gate is about 1 over the number of its candidates,
+  however small the logits, because the mask is free of scale (mixture-of-experts.md section 0,
+  finding 5). c is K where every slot has one candidate, as at jitter 0; a wide mask varies it.
 - switch: c is near 1 / E for small logits, and grows as the router learns.
 
-`down` is divided so that the mean square of (c - 1) is least. A router of zeros would make c
-constant for grin too, but at its first step c would jump from about 2 / E to about 2.
+`down` is multiplied by a constant that makes the mean square of (c - 1) least. Loss of
+SmolLM2-135M (2.551; 256 tokens of English) as 8 experts: gshard, aux_free and grin at jitter 0
+2.551, at 0.01 2.576, at 0.05 2.841, at 0.1 2.975 (3.104 with 1 / K, 4.794 with nothing); switch
+2.598. A router of zeros would make grin exact too, c = 1 / E + 1 / (E - 1); but noise of 1e-6,
+less than one step of an optimizer, then ends at 10.379.
 """
 
 from __future__ import annotations
