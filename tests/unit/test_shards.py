@@ -177,7 +177,7 @@ def test_an_empty_split_names_the_share_that_would_fill_it(source, tmp_path):
 
 def test_one_document_cannot_be_split(tmp_path):
     source = rows(tmp_path / "one.jsonl", ["a text", "a text"])
-    message = "validation = 0.2 of 2 documents, all the same, leaves nothing to divide: give more files, or"
+    message = "validation = 0.2 of 2 documents, all the same, leaves nothing to divide: give more"
     with pytest.raises(ValueError, match=message):
         made(source, tmp_path / "tokens")
 

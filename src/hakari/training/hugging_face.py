@@ -80,7 +80,7 @@ def save(
     Raises FileExistsError if it holds anything; ValueError, before anything is written, if
     neither architecture can express the model, or the model is a part or has sharded weights.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder: name another")
     dtype = dtype or next(model.parameters()).dtype
@@ -142,9 +142,10 @@ class Weights(Mapping[str, Tensor]):
         for name, weight in model.named_parameters():
             if weight.is_meta:
                 raise ValueError(f"{name} is on the meta device: call model.to_empty first")
-            own = self.names.get(name) or places(name, config)
-            if absent := [place for place in own if place not in self.found]:
-                missing[name] = absent
+            own = self.names.get(name, [])  # none: not in the model that config.json describes
+            absent = [place for place in own or places(name, config) if place not in self.found]
+            if absent or not own:
+                missing[name] = absent or places(name, config)
             else:
                 wrong += self._unlike(name, tuple(weight.shape))
         absent = [place for lost in missing.values() for place in lost]
@@ -157,7 +158,7 @@ class Weights(Mapping[str, Tensor]):
 
     def complete(self) -> None:
         """Raise ValueError if the files do not hold just what config.json implies."""
-        known = {place for own in self.names.values() for place in own}
+        known = dict.fromkeys(place for own in self.names.values() for place in own)
         faults = {
             "missing": [place for place in known if place not in self.found],
             "unexpected": [p for p in self.found if p not in known and not self._idle(p)],

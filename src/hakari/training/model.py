@@ -217,8 +217,9 @@ def initialise(model: Transformer, seed: int) -> None:
                 scale = 1 / math.sqrt(2 * config.layers) if residual else 1.0
                 full.normal_(0, config.initial_std * scale, generator=_stream(seed, name))
             put(weight, full)
-        for buffer in model.buffers():
-            buffer.zero_()
+        for module in model.modules():
+            if isinstance(module, MixtureOfExperts):
+                module.clear()
 
 
 def put(weight: Tensor, full: Tensor) -> None:

@@ -107,8 +107,8 @@ def prepare(
     """Tokenize text into `folder`/KEY and return that path; KEY names all that the result is of.
 
     sources, column, unit: as in `text.documents`. tokenizer: as in `tokenizer.load`; None: train
-    one of so large a `vocabulary` on the training documents. validation: share of the documents that
-    is kept apart, by a hash of (seed, text), so that equal texts go the same way in any order.
+    one of so large a `vocabulary` on the training documents. validation: share of the documents
+    that is kept apart, by a hash of (seed, text), so that equal texts go the same way in any order.
     progress: called with "tokenizer" or "tokens", and the documents and bytes read so far.
     What is there already is not made again. The result appears at once when it is complete; of
     two processes that make the same, the later one throws its own away. A killed one may leave

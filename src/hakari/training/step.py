@@ -74,6 +74,8 @@ def build(config: Config, mesh: DeviceMesh) -> Transformer:
         start(model, config.start, config.seed)
     model.recompute = config.recompute
     if config.compile:
+        # the experts' operator says what it keeps only when it has seen the load
+        torch._dynamo.config.capture_dynamic_output_shape_ops = True
         for block in model.layers.values():
             block.compile()
     return model

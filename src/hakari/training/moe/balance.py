@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -37,7 +37,8 @@ class Ledger(nn.Module):
         super().__init__()
         self.experts = experts
         self.managed = False
-        self.settled = False
+        # where the host can read it without waiting for a device
+        self.ready = torch.zeros((), dtype=torch.bool, device="cpu")
         for name, (size, dtype) in self._layout().items():
             self.register_buffer(name, torch.zeros(size, dtype=dtype), persistent=False)
 
@@ -80,7 +81,8 @@ def begin(model: nn.Module, tokens: int | Tensor, *, settled: bool = False) -> N
         ledger.per_token.fill_(1.0 / tokens) if isinstance(tokens, int) else (
             ledger.per_token.copy_(tokens.double().reciprocal())
         )
-        ledger.managed, ledger.settled = True, settled
+        ledger.managed = True
+        ledger.ready.fill_(settled)
 
 
 def settle(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
@@ -96,60 +98,36 @@ def settle(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
     if group is not None and dist.get_world_size(group) > 1:
         dist.all_reduce(counts, group=group)
     for ledger, count in zip(found, counts.split([x.experts for x in found]), strict=True):
-        # .data: the backward pass is meant to see the new value
+        # .data: the backward pass is meant to see the new values
         ledger.fraction.data.copy_(count / count.sum().clamp(min=1))
-        ledger.settled = True
+        ledger.ready.data.fill_(True)
 
 
 def inject(
+    gate: Float[Tensor, "T K"],
     logits: Float[Tensor, "T E"],
     ledger: Ledger,
+    counts: Int64[Tensor, " E"],
     valid: Bool[Tensor, " T"] | None,
     *,
     balance: float,
     z_loss: float,
     scope: str,
-) -> tuple[Float[Tensor, "T E"], Float[Tensor, " E"]]:
-    """The logits, unchanged, whose backward pass adds the gradients of balance and z-loss.
+) -> Float[Tensor, "T K"]:
+    """The gates, unchanged; their backward pass adds balance and z-loss to the logits' gradient.
 
-    scope "step": the load is `settle`'s; "rank", or a layer that no `begin` manages: the load of
-    this very call, which the caller writes into the returned tensor once the experts are chosen.
+    counts: what `record` returned. scope "step": the load is `settle`'s; "rank", or a layer that
+    no `begin` manages: that of `counts`.
     Source: derived; d/dz_t of alpha E f.P is alpha E p * (f - f.p) / tokens.
     """
+    if not balance and not z_loss:
+        return gate
     own = scope == "rank" or not ledger.managed
-    load = torch.zeros_like(ledger.fraction) if own else ledger.fraction
-    tokens = logits.shape[0] if valid is None else valid.sum()
-    each = ledger.per_token if ledger.managed else torch.as_tensor(1.0 / max(int(tokens), 1))
-    return _Inject.apply(logits, valid, load, each, ledger, (balance, z_loss, own)), load
-
-
-class _Inject(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Any, valid: Any, load: Any, each: Any, ledger: Any, how: Any
-    ) -> Any:
-        ctx.save_for_backward(logits, valid)
-        # kept aside: they are filled between forward and backward on purpose
-        ctx.load, ctx.each, ctx.ledger, ctx.how = load, each, ledger, how
-        return logits.view_as(logits)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        logits, valid = ctx.saved_tensors
-        balance, z_loss, own = ctx.how
-        if balance and not own and not ctx.ledger.settled:
-            raise RuntimeError(
-                "the load of the step is not known yet: call balance.settle(model, group) between "
-                "forward and backward, or choose balance_scope = 'rank'"
-            )
-        log_sum = torch.logsumexp(logits, -1, keepdim=True)
-        p = (logits - log_sum).exp()
-        load = ctx.load.to(p.dtype)
-        extra = balance * len(load) * p * (load - (p @ load)[:, None])
-        if z_loss:
-            extra = extra + 2 * z_loss * log_sum * p
-        weight = ctx.each.to(p.dtype) if valid is None else (valid * ctx.each).to(p.dtype)[:, None]
-        return gradients[0] + extra * weight, None, None, None, None, None
+    load = counts / counts.sum().clamp(min=1) if own else ledger.fraction
+    tokens = torch.tensor(len(logits)) if valid is None else valid.sum()
+    each = ledger.per_token if ledger.managed else tokens.clamp(min=1).double().reciprocal()
+    ready = None if own else ledger.ready
+    return cast(Tensor, _inject(gate, logits, valid, load, each, ready, balance, z_loss))
 
 
 @torch.no_grad()
@@ -189,3 +167,68 @@ def _recomputing() -> Iterator[None]:
         yield
     finally:
         _local.recomputing = False
+
+
+# --- operators, so that a compiler neither looks inside nor takes the load before it is settled ---
+
+
+@torch.library.custom_op("hakari::inject_balance", mutates_args=())
+def _inject(
+    gate: Tensor,
+    logits: Tensor,
+    valid: Tensor | None,
+    load: Tensor,
+    each: Tensor,
+    ready: Tensor | None,
+    balance: float,
+    z_loss: float,
+) -> Tensor:
+    return gate.clone()
+
+
+@torch.library.custom_op("hakari::balance_gradient", mutates_args=())
+def _gradient(
+    grad: Tensor,  # not used: it keeps the operator in the backward pass
+    logits: Tensor,
+    valid: Tensor | None,
+    load: Tensor,
+    each: Tensor,
+    ready: Tensor | None,
+    balance: float,
+    z_loss: float,
+) -> Tensor:
+    if balance and ready is not None and not ready:
+        raise RuntimeError(
+            "the load of the step is not known yet: call balance.settle(model, group) between "
+            "forward and backward, or choose balance_scope = 'rank'"
+        )
+    log_sum = torch.logsumexp(logits, -1, keepdim=True)
+    p = (logits - log_sum).exp()
+    load = load.to(p.dtype)
+    extra = balance * len(load) * p * (load - (p @ load)[:, None])
+    if z_loss:
+        extra = extra + 2 * z_loss * log_sum * p
+    each = each.to(p.dtype)
+    return extra * (each if valid is None else (valid * each)[:, None])
+
+
+@_inject.register_fake
+def _(gate: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(gate)
+
+
+@_gradient.register_fake
+def _(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def _keep(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs[1:6])
+    ctx.weights = inputs[6:]
+
+
+def _pass_on(ctx: Any, grad: Tensor) -> Any:
+    return grad, _gradient(grad, *ctx.saved_tensors, *ctx.weights), *[None] * 6
+
+
+_inject.register_autograd(_pass_on, setup_context=_keep)

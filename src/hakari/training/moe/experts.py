@@ -12,6 +12,7 @@ parts torch.compile can fuse and which never make the host wait. Both do the sam
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from itertools import pairwise
 from typing import Any, cast
@@ -73,7 +74,7 @@ def grouped_matmul(
     ends: where each group's rows end; the last is N. That is verified on a CPU; on a device only
     with `check`, since the host must then wait. Rows beyond would be memory as it was found.
     `torch.nn.functional.grouped_mm` does it where it can (float32 and less, widths of whole 16
-    bytes), one batched product if groups are equal on a CPU, else a loop over the experts.
+    bytes), else a loop over the experts, which is about as fast on a CPU.
     Under autocast both operands are cast. Differentiable any number of times.
 
     Raises ValueError if shapes, dtypes or ends do not fit.
@@ -163,9 +164,14 @@ def _mlp(
     """Output, and what backward needs: rows, gate rows, up rows, row of each pair, ends."""
     slot, ends, size = _layout(expert, gate)
     rows = _place(x, slot, size)
-    a, b = _multiply(rows, gate, ends), _multiply(rows, up, ends)
-    output = _multiply(F.silu(a).mul_(b), down, ends).index_select(0, slot)
-    return output.view(*expert.shape, x.shape[1]), rows, a, b, slot, ends
+    a, b = (x.new_empty(size, gate.shape[1]) for _ in range(2))
+    out = torch.empty_like(rows)
+    for r, a_, b_, o, g, u, d in _groups(ends, (rows, a, b, out), (gate, up, down)):
+        _multiply(r, g.mT, a_)
+        _multiply(r, u.mT, b_)
+        _multiply(F.silu(a_).mul_(b_), d.mT, o)
+    output = out.index_select(0, slot).view(*expert.shape, x.shape[1])
+    return output, rows, a, b, slot, ends
 
 
 @torch.library.custom_op("hakari::expert_mlp_backward", mutates_args=(), device_types="cpu")
@@ -180,16 +186,38 @@ def _mlp_backward(
     slot: Tensor,
     ends: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_out = _place(grad.reshape(-1, rows.shape[1]), slot, len(rows))
-    hidden = F.silu(a)
-    grad_a = _multiply(grad_out, down.mT, ends)  # of the hidden layer, so far
-    grad_b = hidden * grad_a
-    grad_down = _outer(grad_out, hidden.mul_(b), ends)
-    torch.ops.aten.silu_backward.grad_input(grad_a.mul_(b), a, grad_input=grad_a)
-    grad_rows = _multiply(grad_a, gate.mT, ends)
-    _add_product(grad_rows, grad_b, up.mT, ends)
-    grad_x = _sum_copies(grad_rows.index_select(0, slot), grad.shape[1])
-    return grad_x, _outer(grad_a, rows, ends), _outer(grad_b, rows, ends), grad_down
+    grad_rows = _place(grad.reshape(-1, rows.shape[1]), slot, len(rows))
+    weights = gate, up, down, *(w.new_empty(w.shape) for w in (gate, up, down))
+    for y, r, a_, b_, g, u, d, *grads in _groups(ends, (grad_rows, rows, a, b), weights):
+        s, v = F.silu(a_), torch.empty_like(a_)
+        _multiply(y, d, v)
+        _multiply(y.mT, s * b_, grads[2])
+        s *= v
+        torch.ops.aten.silu_backward.grad_input(v.mul_(b_), a_, grad_input=v)
+        _multiply(v.mT, r, grads[0])
+        _multiply(s.mT, r, grads[1])
+        _multiply(v, g, y)  # y was read for the last time
+        _multiply(s, u, y, add=True)
+    return _sum_copies(grad_rows.index_select(0, slot), grad.shape[1]), *weights[3:]
+
+
+def _multiply(x: Tensor, y: Tensor, out: Tensor, add: bool = False) -> None:
+    """Write x @ y, of one group or of all in a batch, to `out`, or add it."""
+    if x.ndim == 3:
+        torch.baddbmm(out, x, y, out=out) if add else torch.bmm(x, y, out=out)
+    else:
+        torch.addmm(out, x, y, out=out) if add else torch.mm(x, y, out=out)
+
+
+def _groups(
+    ends: Tensor, rows: Sequence[Tensor], weights: Sequence[Tensor]
+) -> Iterable[Sequence[Tensor]]:
+    """Rows and weights of each expert; of all at once, [E, rows of one, width], if equal."""
+    sizes = _sizes(ends, len(rows[0]))
+    if len(set(sizes)) == 1:
+        return [(*(r.unflatten(0, (len(sizes), sizes[0])) for r in rows), *weights)]
+    # unbind: indexing w[e] would give each gradient the size of all of w
+    return zip(*(r.split(sizes) for r in rows), *(w.unbind(0) for w in weights), strict=True)
 
 
 @_mlp.register_fake
@@ -266,14 +294,29 @@ def _sum_copies(rows: Tensor, copies: int) -> Tensor:
 
 @torch.library.custom_op("hakari::grouped_matmul", mutates_args=())
 def _grouped(x: Tensor, w: Tensor, ends: Tensor, check: bool) -> Tensor:
-    if check:
-        _sizes(x, w.shape[1], ends, check=True)
-    return _multiply(x.contiguous(), w, ends)
+    """x[start:end] @ w[e].T: x [N, A], w [E, O, A] -> [N, O]."""
+    x = x.contiguous()
+    if check or x.device.type == "cpu":
+        _sizes(ends, len(x))
+    if _native(x, w.shape[1]):
+        whole = w if w.is_contiguous() or w.mT.is_contiguous() else w.contiguous()
+        return F.grouped_mm(x, whole.mT, offs=ends)
+    out = x.new_empty(len(x), w.shape[1])
+    for x_e, out_e, w_e in _groups(ends, (x, out), (w,)):
+        _multiply(x_e, w_e.mT, out_e)
+    return out
 
 
 @torch.library.custom_op("hakari::grouped_outer", mutates_args=())
 def _grouped_outer(g: Tensor, x: Tensor, ends: Tensor) -> Tensor:
-    return _outer(g.contiguous(), x.contiguous(), ends)
+    """g[start:end].T @ x[start:end]: g [N, O], x [N, A] -> [E, O, A], zero for no rows."""
+    g, x = g.contiguous(), x.contiguous()
+    if _native(x, g.shape[1]):
+        return F.grouped_mm(g.mT, x, offs=ends)
+    out = x.new_empty(len(ends), g.shape[1], x.shape[1])
+    for g_e, x_e, out_e in _groups(ends, (g, x), (out,)):
+        _multiply(g_e.mT, x_e, out_e)
+    return out
 
 
 @_grouped.register_fake
@@ -306,57 +349,20 @@ _grouped.register_autograd(_grouped_gradient, setup_context=_keep)
 _grouped_outer.register_autograd(_outer_gradient, setup_context=_keep)
 
 
-def _multiply(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
-    """x[start:end] @ w[e].T: x [N, A], w [E, O, A] -> [N, O]."""
-    sizes = _sizes(x, w.shape[1], ends)
-    if sizes is None:
-        whole = w if w.is_contiguous() or w.mT.is_contiguous() else w.contiguous()
-        return F.grouped_mm(x, whole.mT, offs=ends)
-    if len(set(sizes)) == 1:
-        return torch.bmm(x.unflatten(0, (len(w), sizes[0])), w.mT).flatten(0, 1)
-    out = x.new_empty(len(x), w.shape[1])
-    # unbind, and results written in place: w[e] would give each gradient the size of all of w
-    for x_e, w_e, out_e in zip(x.split(sizes), w.unbind(0), out.split(sizes), strict=True):
-        torch.mm(x_e, w_e.t(), out=out_e)
-    return out
+def _native(x: Tensor, width: int) -> bool:
+    """Whether `grouped_mm` takes these rows, and matrices of this width."""
+    device, size = x.device, x.element_size()
+    if x.dtype == torch.float64 or width * size % 16 or x.shape[1] * size % 16:
+        return False
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu"
 
 
-def _add_product(total: Tensor, x: Tensor, w: Tensor, ends: Tensor) -> None:
-    """Add `_multiply` to total, without a buffer of its own where that can be."""
-    sizes = _sizes(x, w.shape[1], ends)
-    if sizes is None or len(set(sizes)) > 1:
-        total += _multiply(x, w, ends)
-    else:
-        groups = (len(w), sizes[0])
-        total.unflatten(0, groups).baddbmm_(x.unflatten(0, groups), w.mT)
-
-
-def _outer(g: Tensor, x: Tensor, ends: Tensor) -> Tensor:
-    """g[start:end].T @ x[start:end]: g [N, O], x [N, A] -> [E, O, A], zero for no rows."""
-    sizes = _sizes(x, g.shape[1], ends)
-    if sizes is None:
-        return F.grouped_mm(g.t(), x, offs=ends)
-    if len(set(sizes)) == 1:
-        groups = (len(ends), sizes[0])
-        return torch.bmm(g.unflatten(0, groups).mT, x.unflatten(0, groups))
-    out = x.new_empty(len(ends), g.shape[1], x.shape[1])
-    for g_e, x_e, out_e in zip(g.split(sizes), x.split(sizes), out.unbind(0), strict=True):
-        torch.mm(g_e.t(), x_e, out=out_e)
-    return out
-
-
-def _sizes(x: Tensor, width: int, ends: Tensor, check: bool = False) -> list[int] | None:
-    """Rows of each group; None where `grouped_mm` takes them as they are."""
-    device = x.device.type
-    native = device == "cpu" or (
-        device == "cuda" and torch.cuda.get_device_capability(x.device) >= (8, 0)
-    )
-    bytes_ = [size * x.element_size() for size in (width, x.shape[1])]
-    native = native and x.dtype != torch.float64 and not any(size % 16 for size in bytes_)
-    if native and device != "cpu" and not check:
-        return None
+def _sizes(ends: Tensor, rows: int) -> list[int]:
+    """Rows of each group; raises ValueError unless they are all the rows."""
     places = [0, *ends.tolist()]
     sizes = [end - start for start, end in pairwise(places)]
-    if places[-1] != len(x) or min(sizes) < 0:
-        raise ValueError(f"ends {places[1:]} of {len(x)} rows: they must rise to {len(x)}")
-    return None if native and (device != "cpu" or len(set(sizes)) > 1) else sizes
+    if places[-1] != rows or min(sizes) < 0:
+        raise ValueError(f"ends {places[1:]} of {rows} rows: they must rise to {rows}")
+    return sizes

@@ -5,6 +5,8 @@ Can stand in any model: `MixtureOfExperts(dim, config)(x, noise)`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
@@ -25,6 +27,7 @@ class MixtureOfExperts(nn.Module):
     Until `balance.begin` is called on the model, the load is balanced over each call.
     """
 
+    number: Tensor
     selection_bias: Tensor
 
     def __init__(self, dim: int, config: MoE, layer: int = 0) -> None:
@@ -36,6 +39,8 @@ class MixtureOfExperts(nn.Module):
         self.gate = nn.Parameter(torch.empty(experts, hidden, dim))
         self.up = nn.Parameter(torch.empty(experts, hidden, dim))
         self.down = nn.Parameter(torch.empty(experts, dim, hidden))
+        # `layer` as a tensor: a compiled block then serves all layers
+        self.register_buffer("number", torch.tensor(layer), persistent=False)
         if config.router == "aux_free":
             self.register_buffer("selection_bias", torch.zeros(experts))
         self.ledger = balance.Ledger(experts)
@@ -59,25 +64,22 @@ class MixtureOfExperts(nn.Module):
         output = expert_mlp(flat, routing.expert, self.gate, self.up, self.down)
         return combine(output, routing, self.estimator).to(x.dtype).view_as(x)
 
+    def clear(self) -> None:
+        """Fill what is not learnt by gradients: nothing counted, no expert preferred."""
+        for buffer in self.buffers():
+            buffer.zero_()
+        self.number.fill_(self.layer)
+
     def _route(
         self,
         x: Float[Tensor, "T D"],
         noise: Int64[Tensor, " T"] | None,
         valid: Bool[Tensor, " T"] | None,
     ) -> Routing:
-        c, load = self.config, None
+        c = self.config
         with torch.autocast(x.device.type, enabled=False):
             wide = torch.promote_types(x.dtype, torch.float32)
             logits = F.linear(x.to(wide), self.router.weight.to(wide))
-            if self.training:
-                logits, load = balance.inject(
-                    logits,
-                    self.ledger,
-                    valid,
-                    balance=0.0 if c.router == "aux_free" else c.balance,
-                    z_loss=c.z_loss,
-                    scope=c.balance_scope,
-                )
             routing = route(
                 logits,
                 self.estimator,
@@ -85,26 +87,27 @@ class MixtureOfExperts(nn.Module):
                 jitter=c.jitter,
                 mask=c.mask,
                 noise=noise,
-                layer=self.layer,
+                layer=self.number,
                 bias=self.selection_bias if c.router == "aux_free" else None,
             )
-        if load is not None:
-            self._count(logits, routing, valid, load)
-        return routing
+        return self._balanced(logits, routing, valid) if self.training else routing
 
-    def _count(
-        self, logits: Tensor, routing: Routing, valid: Tensor | None, load: Float[Tensor, " E"]
-    ) -> None:
-        counts = balance.record(
-            self.ledger,
+    def _balanced(
+        self, logits: Float[Tensor, "T E"], routing: Routing, valid: Bool[Tensor, " T"] | None
+    ) -> Routing:
+        c, facts = self.config, (routing.probability, routing.expert, routing.singleton)
+        counts = balance.record(self.ledger, logits, *facts, valid)
+        gate = balance.inject(
+            routing.gate,
             logits,
-            routing.probability,
-            routing.expert,
-            routing.singleton,
+            self.ledger,
+            counts,
             valid,
+            balance=0.0 if c.router == "aux_free" else c.balance,
+            z_loss=c.z_loss,
+            scope=c.balance_scope,
         )
-        if load is not self.ledger.fraction:
-            load.copy_(counts / counts.sum().clamp(min=1))
+        return replace(routing, gate=gate)
 
 
 @torch.no_grad()
