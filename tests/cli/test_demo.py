@@ -1,6 +1,7 @@
 """`hakari demo` from nothing to a report that a browser opens."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from types import ModuleType
 
+import pyarrow.parquet as pq
 import pytest
 from linearmodels.datasets import card
 from linearmodels.iv import IVGMM, IVGMMCUE
@@ -20,7 +22,8 @@ from hakari.run import read_config
 
 from .conftest import hakari
 
-CHAPTERS = ["Card: one instrument", "Card: two instruments"]
+CARD = ["Card: one instrument", "Card: two instruments"]
+TRAINING = ["Training: a mixture of experts", "The run", "Experts", "What it writes"]
 SECTIONS = [
     "Question",
     "What the data say",
@@ -43,7 +46,7 @@ def test_numbers_are_linearmodels(demo):
     done, _ = demo
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["chapters"]
-    assert list(found) == ["card-nearc4", "card-nearc2-nearc4"]
+    assert list(found) == ["card-nearc4", "card-nearc2-nearc4", "moe"]
     for name, excluded in (("card-nearc4", "nearc4"), ("card-nearc2-nearc4", "nearc2 + nearc4")):
         formula = f"lwage ~ 1 + exper + expersq + black + south + smsa + [educ ~ {excluded}]"
         for label, model in (("IV-GMM", IVGMM), ("CUE", IVGMMCUE)):
@@ -72,6 +75,22 @@ def test_the_run_folder_loads(demo):
     for name in ("card-nearc4", "card-nearc2-nearc4"):
         assert hi.load(run / f"{name}.nc").attrs["rows"] == 3010
         assert (run / f"{name}.csv").is_file()
+
+
+def test_the_model_has_learnt_from_all_its_tokens(demo):
+    done, folder = demo
+    answer = json.loads(done.stdout)
+    found, run = answer["chapters"]["moe"], folder / answer["run"] / "moe"
+    config = read_config(run)
+    uniform = math.log(config["model"]["vocabulary"])
+    assert found["steps"] == config["steps"]
+    assert 1 < found["validation_loss"] < 0.65 * uniform
+    tokens = config["batch"] * config["length"]
+    assert [sum(load) for load in found["load"]] == [2 * tokens] * config["model"]["layers"]
+    rows = pq.read_table(run / "metrics.parquet").to_pylist()
+    assert [row["step"] for row in rows] == list(range(1, found["steps"] + 1))
+    assert rows[0]["loss"] == pytest.approx(uniform, abs=0.1)
+    assert rows[-1]["tokens"] == found["steps"] * tokens
 
 
 class Page(HTMLParser):
@@ -110,7 +129,7 @@ def test_the_report_is_self_contained(report):
     text = report.read_text()
     page = Page(text)
     assert page.title.strip() == "hakari demo: each system on real data"
-    assert page.headings == [h for chapter in CHAPTERS for h in (chapter, *SECTIONS)]
+    assert page.headings == [h for chapter in CARD for h in (chapter, *SECTIONS)] + TRAINING
     assert all(address.startswith("data:") for address in page.loads)
     assert page.loads.count("data:,") == 1
     assert len([a for a in page.loads if a.startswith("data:image/svg")]) >= 8
@@ -118,6 +137,7 @@ def test_the_report_is_self_contained(report):
     assert len(page.ids) == len(set(page.ids))
     assert not {"script", "iframe", "object", "embed"} & set(page.tags)
     assert page.without_alt == 0
+    text = re.sub(r"<pre>.*?</pre>", "", text, flags=re.DOTALL)  # what the model wrote
     assert "url(" not in text
     assert "@import" not in text
     assert "(DataFrame" not in text

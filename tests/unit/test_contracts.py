@@ -7,6 +7,9 @@ import sys
 
 import pytest
 
+import hakari.inference
+import hakari.training
+
 
 def test_direction_of_imports():
     command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c()"]
@@ -20,6 +23,10 @@ def test_direction_of_imports():
         (
             "hakari.inference",
             ["torch", "linearmodels", "matplotlib", "hakari.inference.transition"],
+        ),
+        (
+            "hakari.training",
+            ["numba", "pandas", "arviz_base", "matplotlib", "transformers", "hakari.inference"],
         ),
         ("hakari.run", ["numpy", "hakari.inference", "hakari.training"]),
         ("hakari.terminal", ["numpy", "matplotlib"]),
@@ -35,7 +42,6 @@ def test_an_import_loads_only_its_part(module, unwanted):
 
 
 def test_all_that_is_exported_is_there():
-    import hakari.inference as hi
-
-    for name in hi.__all__:
-        assert getattr(hi, name).__doc__, name
+    for half in (hakari.inference, hakari.training):
+        for name in half.__all__:
+            assert getattr(half, name).__doc__, name
