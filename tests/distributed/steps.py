@@ -21,7 +21,8 @@ class Seen:
     losses: list[float]
     norms: list[float]
     loads: list[list[tuple[int, ...]]]
-    gradients: dict[str, torch.Tensor]  # whole, of the last step, of the layers this rank has
+    first: dict[str, torch.Tensor]  # whole gradients of the first step, of this rank's layers
+    gradients: dict[str, torch.Tensor]  # of the last
     weights: dict[str, torch.Tensor]
 
 
@@ -75,20 +76,28 @@ def steps(changes: dict[str, Any]) -> Seen:
     trainer = prepare(config, mesh)
     axis = mesh["data"]
     losses, norms, loads = [], [], []
+    first: dict[str, torch.Tensor] = {}
     for step in range(STEPS):
         work = make_work(trainer, batch(axis.get_local_rank(), axis.size()), step)
         outcome = train_step(trainer, work, step)
         losses.append(outcome.loss)
         norms.append(outcome.gradient_norm)
         loads.append([one.load for one in outcome.health])
-    named = dict(trainer.model.named_parameters())
+        first = first or gradients(trainer.model)
     return Seen(
         losses,
         norms,
         loads,
-        {name: whole(p.grad) for name, p in named.items() if p.grad is not None},
-        {name: whole(p.detach()) for name, p in named.items()},
+        first,
+        gradients(trainer.model),
+        {name: whole(p.detach()).clone() for name, p in trainer.model.named_parameters()},
     )
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every gradient, whole."""
+    named = model.named_parameters()
+    return {name: whole(p.grad).clone() for name, p in named if p.grad is not None}
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "model__moe__router": "aux_free",
         "model__moe__layers": [1, 3],
     },
+    "grin, float32": {"precision": "float32"},
     "rank scope": {"model__moe__balance_scope": "rank"},
 }
 SPLITS = {  # (data, tensor, pipeline): more changes
@@ -79,9 +80,16 @@ def differences(one: Seen, other: Seen) -> dict[str, float]:
     scalars = zip(one.losses + one.norms, other.losses + other.norms, strict=True)
     return {
         "losses and norms": max(abs(a - b) / abs(b) for a, b in scalars),
+        "first gradients": _largest(one.first, other.first),
         "gradients": _largest(one.gradients, other.gradients),
         "weights": _largest(one.weights, other.weights),
     }
+
+
+def together(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Relative difference of whole gradients, of the parameters that `one` has."""
+    gap = sum((value - other[name]).square().sum() for name, value in one.items())
+    return float((gap / sum(other[name].square().sum() for name in one)).sqrt())
 
 
 def _largest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -99,7 +107,10 @@ def test_a_split_changes_nothing(key: tuple[str, tuple[int, int, int]]) -> None:
     assert set().union(*(rank.gradients for rank in found)) == set(alone.gradients)
     for rank in found:
         assert rank.loads == alone.loads
-        assert max(differences(rank, alone).values()) < 1e-12
+        if "float32" in model:  # the optimizer divides noise by noise: look before its first step
+            assert together(rank.first, alone.first) < 1e-6
+        else:
+            assert max(differences(rank, alone).values()) < 1e-12
 
 
 @pytest.mark.parametrize("name", MICRO)
@@ -107,7 +118,9 @@ def test_a_split_changes_nothing(key: tuple[str, tuple[int, int, int]]) -> None:
 def test_neither_do_micro_batches_nor_recomputation(model: str, name: str) -> None:
     alone, other = seen(1)[model, (1, 1, 1)][0], seen(1)[model, name][0]
     assert other.loads == alone.loads
-    assert max(differences(other, alone).values()) < 1e-12
+    assert together(other.first, alone.first) < 1e-6
+    if "float32" not in model:
+        assert max(differences(other, alone).values()) < 1e-12
     if name == "recomputed":
         assert max(differences(other, alone).values()) == 0
 
