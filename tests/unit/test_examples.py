@@ -10,6 +10,10 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SAYS = {
+    "own_loop": [
+        "gshard     640 tokens made 1280 visits",
+        "grin       640 tokens made 1280 visits",
+    ],
     "iv_card": ["against the draws: nothing", "The instruments are weak for educ"],
     "shards_and_streams": ["folder   20000 rows", "batches  20000 rows", "after  20000 rows"],
     "hac_macro": ["191 quarters, covariance hac:", "The instruments are strong."],
