@@ -24,18 +24,18 @@ from hakari.training.size import size
 from hakari.training.train_command import run_training, store_of
 
 TINY: dict[str, Any] = {  # as examples/moe_tiny.toml
-    "steps": 300,
+    "steps": 400,
     "batch": 16,
     "length": 128,
     "model": {
-        "dim": 192,
+        "dim": 128,
         "layers": 4,
-        "heads": 6,
+        "heads": 4,
         "kv_heads": 2,
-        "moe": {"experts": 8, "top_k": 2, "hidden": 192, "router": "grin"},
+        "moe": {"experts": 8, "top_k": 2, "hidden": 128, "router": "grin"},
     },
-    "data": {"text": ["stdlib:**/*.py"], "vocabulary": 4096},
-    "optimizer": {"learning_rate": 3e-3, "warmup": 30},
+    "data": {"text": ["stdlib:**/*.py"], "vocabulary": 2048},
+    "optimizer": {"learning_rate": 3e-3, "warmup": 40},
 }
 PROMPTS = ("def ", "class ", '"""Return ')
 INTRO = (

@@ -126,4 +126,5 @@ def _set_steps(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) 
     """Counters of steps that get_state_dict copied rather than shared."""
     steps = [float(v) for k, v in tensors.items() if k.endswith(".step")]
     for state in optimizer.state.values():
-        state["step"].fill_(max(steps))
+        if steps and "step" in state:
+            state["step"].fill_(max(steps))

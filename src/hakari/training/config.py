@@ -269,7 +269,7 @@ def _change(table: dict[str, Any], change: str) -> None:
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text
+        value = text.strip()
     *parents, last = name.strip().split(".")
     for parent in parents:
         table = table.setdefault(parent, {})
@@ -301,15 +301,20 @@ def _build(kind: Any, table: Any, path: str) -> Any:
 
 
 def _suggestion(name: str) -> str:
-    known = [known for known, *_ in explain()]
-    near = difflib.get_close_matches(name, known, 1, 0.6)
+    known = list(dict.fromkeys(part for field, *_ in explain() for part in _prefixes(field)))
     last = name.rpartition(".")[2]
-    elsewhere = [k for k in known if k.rpartition(".")[2] == last]
-    near = elsewhere[:1] or near
+    near = [k for k in known if k.rpartition(".")[2] == last][:1]
+    near = near or difflib.get_close_matches(name, known, 1, 0.6)
     if not near:
         inner = {k.rpartition(".")[2]: k for k in known}
         near = [inner[k] for k in difflib.get_close_matches(last, inner, 1, 0.6)]
     return f": did you mean {near[0]}?" if near else "; `hakari train --fields` lists them all"
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """The sections around a field, outermost first, and the field."""
+    parts = name.split(".")
+    return (".".join(parts[: n + 1]) for n in range(len(parts)))
 
 
 def _value(hint: Any, value: Any, name: str) -> Any:
@@ -340,14 +345,16 @@ def _name(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(get_args(hint))
     if get_origin(hint) is tuple:
-        return f"a list of {_name(get_args(hint)[0])}"
+        return "a list of " + {int: "whole numbers", str: "strings"}[get_args(hint)[0]]
     plain = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
     return plain.get(hint, "a table")
 
 
 def _near_choice(hint: Any, value: Any) -> str:
-    near = difflib.get_close_matches(str(value), get_args(hint), 1) if get_args(hint) else []
-    return f": did you mean {near[0]!r}?" if get_origin(hint) is Literal and near else ""
+    if get_origin(hint) is not Literal:
+        return ""
+    near = difflib.get_close_matches(str(value), get_args(hint), 1)
+    return f": did you mean {near[0]!r}?" if near else ""
 
 
 def _at_least(section: str, config: Any, **least: float) -> None:

@@ -5,6 +5,7 @@ Only the first process writes. The file is replaced whole, so that a reader neve
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -60,7 +61,8 @@ class Metrics:
     ) -> None:
         """One step; a warning is said when it is new and every 100 steps."""
         for text in warnings:
-            about = text.partition(":")[0]
+            layer, _, what = text.partition(":")
+            about = layer + re.sub(r"[\d.]+", "", what)  # the same, whatever its numbers are
             if row["step"] - self.warned.get(about, -100) >= 100:
                 self.warned[about] = row["step"]
                 self.say(f"step {row['step']}: {text}")
@@ -72,6 +74,8 @@ class Metrics:
             "balance": [one.balance for one in health],
             "router_peak": [one.peak for one in health],
         }
+        if row.get("validation_loss") is not None:
+            self.say(f"step {row['step']}: validation loss {row['validation_loss']:.4f}")
         full = dict.fromkeys(SCHEMA.names) | dict(row) | routers
         self.rows.append(full)
         for name, value in row.items():

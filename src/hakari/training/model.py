@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -83,7 +84,7 @@ class Transformer(nn.Module):
                     context,
                     use_reentrant=False,
                     preserve_rng_state=False,
-                    context_fn=recompute_contexts,
+                    context_fn=partial(recompute_contexts, block),
                 )
             else:
                 x = block(x, context)

@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from hakari.training.config import Model, Parallel
+from hakari.training.config import Config, Parallel
 from hakari.training.model import Block, Transformer, tie
 from hakari.training.moe.layer import MixtureOfExperts
 
@@ -74,9 +74,14 @@ def make_mesh(config: Parallel, device: str) -> DeviceMesh:
     return init_device_mesh(device, (config.pipeline, data, config.tensor), mesh_dim_names=AXES)
 
 
-def check(model: Model, config: Parallel, batch: int, ranks: int) -> None:
-    """Raise ValueError, before anything is built, for a split that does not divide the model."""
-    t = config.tensor
+def check(config: Config, ranks: int) -> None:
+    """Raise ValueError, before anything is built, for a split that does not divide the work.
+
+    ranks: data-parallel processes.
+    """
+    _check_batch(config, ranks)
+    model, split = config.model, config.parallel
+    t = split.tensor
     widths = {
         "model.heads": model.heads,
         "model.kv_heads": model.kv_heads,
@@ -87,15 +92,31 @@ def check(model: Model, config: Parallel, batch: int, ranks: int) -> None:
     for name, value in widths.items():
         if value % t:
             raise ValueError(f"{name} = {value} is not a multiple of parallel.tensor = {t}")
-    if config.pipeline > model.layers:
-        raise ValueError(f"parallel.pipeline = {config.pipeline} exceeds {model.layers} layers")
-    if config.pipeline > 1 and model.tied:
+    if split.pipeline > model.layers:
+        raise ValueError(f"parallel.pipeline = {split.pipeline} exceeds {model.layers} layers")
+    if config.compile and t > 1:
+        raise ValueError(
+            f"compile = true with parallel.tensor = {t}: torch does not compile split weights; "
+            "set compile = false"
+        )
+    if split.pipeline > 1 and model.tied:
         raise ValueError(
             "model.tied = true with parallel.pipeline > 1: embedding and head would lie on "
             "different stages; set model.tied = false"
         )
-    if batch % ranks:
-        raise ValueError(f"batch = {batch} is not a multiple of {ranks} data-parallel processes")
+
+
+def _check_batch(config: Config, ranks: int) -> None:
+    rows, size = config.batch // ranks, config.micro_batch
+    if config.batch % ranks:
+        raise ValueError(
+            f"batch = {config.batch} is not a multiple of {ranks} data-parallel processes"
+        )
+    if config.parallel.pipeline > 1 and size and rows % size:
+        raise ValueError(
+            f"micro_batch = {size} does not divide the {rows} sequences of a pipeline: its stages "
+            "expect equal micro-batches"
+        )
 
 
 def keep_stage(model: Transformer, stage: int, stages: int) -> Transformer:

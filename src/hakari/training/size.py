@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from hakari.training.model import Transformer
 
 GIB = 2**30
 DEVICES = (4, 8, 12, 16, 24, 32, 40, 48, 80, 141, 192)  # GiB of common accelerators
+ITEMS = {"float32": (4, 4), "bfloat16": (4, 2), "float64": (8, 8)}  # of a value, of a product
 STATE = {"float32": 16, "bfloat16": 16, "float64": 32}  # bytes: weight, gradient, two moments
 
 
@@ -32,9 +35,10 @@ class Size:
         return self.state_bytes + self.activation_bytes
 
 
-def size(config: Config, processes: int = 1) -> Size:
+def size(config: Config, processes: int = 1, device: str = "cpu") -> Size:
     """Of a run whose `model.vocabulary` is known, on so many processes.
 
+    device: its type; accelerators fuse the norm, and keep other parts of the experts.
     Source of the flops: 6 per active parameter that is multiplied, 12 L H C S for attention
     (PaLM, arXiv 2204.02311, appendix B). The activations are counted tensor by tensor.
     """
@@ -44,14 +48,16 @@ def size(config: Config, processes: int = 1) -> Size:
     total = sum(weights.values())
     active = total - _idle(model)
     data = split.data or max(1, processes // (split.tensor * split.pipeline))
-    held = total / (split.tensor * split.pipeline * data)
+    stage = _fullest_stage(weights, model, split.pipeline) / split.tensor
+    # autocast keeps a copy of each weight from forward to backward, whole on each data rank
+    copies = stage * 2 if config.precision == "bfloat16" else 0.0
     multiplied = active - (0 if model.tied else weights["embed.weight"])
     attention = 12 * model.layers * model.heads * model.head_dim * config.length
     return Size(
         total,
         active,
-        int(held * STATE[config.precision]),
-        _activations(config, data),
+        int(stage / data * STATE[config.precision]),
+        int(copies + _activations(config, data, device)),
         6.0 * multiplied + attention,
     )
 
@@ -90,33 +96,64 @@ def _idle(model: Model) -> int:
     return layers * max(0, moe.experts - moe.top_k) * 3 * model.dim * moe.hidden
 
 
-def _activations(config: Config, data: int) -> int:
-    """Bytes kept for the backward pass of the micro-batches in flight, and the logits.
+def _fullest_stage(weights: Mapping[str, int], model: Model, stages: int) -> int:
+    """Parameters of the pipeline stage that has the most, divided as `parallel.keep_stage` does."""
+    bounds = [round(i * model.layers / stages) for i in range(1, stages)]
+    found = [0] * stages
+    for name, count in weights.items():
+        part = name.split(".")
+        layer = {"embed": 0, "layers": int(part[1]) if part[0] == "layers" else 0}
+        found[bisect_right(bounds, layer.get(part[0], model.layers))] += count
+    return max(found)
 
-    Derived: what autograd saves of each operation, per token; a recomputed block keeps its input.
+
+def _activations(config: Config, data: int, device: str) -> float:
+    """Bytes kept for the backward pass of the micro-batches in flight, and around the logits.
+
+    Derived: what autograd saves of each operation, per token. A recomputed block keeps its input;
+    one at a time keeps everything.
     """
     model, split = config.model, config.parallel
-    item = {"float32": 4, "bfloat16": 4, "float64": 8}[config.precision]
     rows = config.micro_batch or -(-config.batch // data)
-    tokens = rows * config.length
-    layers = -(-model.layers // split.pipeline)
-    blocks = [_block_values(model, i, split.tensor) for i in range(layers)]
-    kept = layers * model.dim + max(blocks) if config.recompute else sum(blocks)
-    flying = min(split.pipeline, -(-config.batch // data // rows)) if split.pipeline > 1 else 1
-    logits = 3 * model.vocabulary / split.tensor + 2 * model.dim
-    return int(tokens * item * (kept * flying + logits))
+    pieces = -(-config.batch // data // rows)
+    flying = pieces if split.schedule == "GPipe" else min(split.pipeline, pieces)
+    flying = flying if split.pipeline > 1 else 1
+    wide, narrow = ITEMS[config.precision]
+    layers = range(-(-model.layers // split.pipeline))
+    kept = sum(_block_bytes(config, i, device) for i in layers)
+    again = 0.0
+    if config.recompute:
+        kept = len(layers) * model.dim * wide
+        again = max(_block_bytes(config, i, device) for i in layers)
+    # the logits' probabilities and their gradient, under autocast also the logits
+    logits = model.vocabulary / split.tensor * (2 * wide + (narrow if narrow < wide else 0))
+    return rows * config.length * (kept * flying + again + logits + 3 * model.dim * wide)
 
 
-def _block_values(model: Model, layer: int, tensor: int) -> float:
-    """Values kept per token by one block."""
-    dim, moe = model.dim, model.moe
+def _block_bytes(config: Config, layer: int, device: str) -> float:
+    """Kept per token by one block; by matrix products in their dtype, by norms and router wide."""
+    model, tensor = config.model, config.parallel.tensor
+    wide, narrow = ITEMS[config.precision]
+    cast = narrow < wide  # autocast makes a copy of the input for each product
+    fused = device != "cpu" or model.norm == "layer"
+    norms = 2 * model.dim * wide * (1 if fused else 2)
     queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
-    attention = 2 * dim + (2 * queries + 3 * keys + model.heads) / tensor
-    norms = 2 * dim
-    if not model.sparse(layer):
-        return attention + norms + 4 * model.hidden / tensor
-    experts = moe.top_k * (2 * dim + 4 * moe.hidden / tensor)
-    return attention + norms + experts + 4 * moe.experts
+    masked = config.data.isolate or not config.data.packing or 0 < model.window < config.length
+    mask = config.length if masked else 0  # as numbers, one for each pair of positions
+    attention = narrow * (model.dim * (3 if cast else 1) + mask + (2 * queries + 2 * keys) / tensor)
+    attention += wide * model.heads / tensor
+    if model.sparse(layer):
+        return norms + attention + _sparse_bytes(config, device)
+    return norms + attention + narrow * (model.dim * (2 if cast else 1) + 4 * model.hidden / tensor)
+
+
+def _sparse_bytes(config: Config, device: str) -> float:
+    """Kept per token by router and experts."""
+    model, moe = config.model, config.model.moe
+    wide, narrow = ITEMS[config.precision]
+    parts = 2 if device == "cpu" else 4  # one operator keeps gate and up, three also products
+    experts = moe.top_k * narrow * (2 * model.dim + parts * moe.hidden / config.parallel.tensor)
+    return experts + wide * (model.dim + 3 * moe.experts)
 
 
 def _count(parameters: int) -> str:

@@ -9,9 +9,10 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,13 +23,28 @@ from hakari.terminal import INTERRUPTED
 from hakari.training import checkpoint, config, shards
 from hakari.training.config import Config, Model
 from hakari.training.hardware import pick_device
+from hakari.training.moe.health import CollapseError
 from hakari.training.parallel import check, make_mesh, start_processes
 from hakari.training.shards import Tokens
 from hakari.training.size import first_line, size
 from hakari.training.trainer import train
 
-FREE: tuple[str, ...] = ("parallel", "micro_batch", "steps", "recompute", "compile")
-FREE += ("deterministic", "validate_every", "validate_batches", "checkpoint_every", "keep")
+# what a resumed run may change: how the work is done, not what was learnt or is read
+FREE = (
+    "steps",
+    "batch",
+    "micro_batch",
+    "recompute",
+    "compile",
+    "deterministic",
+    "keep",
+    "parallel",
+)
+FREE += ("validate_every", "validate_batches", "checkpoint_every", "optimizer", "data.cache")
+FREE += tuple(
+    f"model.moe.{name}"
+    for name in ("balance", "balance_scope", "z_loss", "bias_rate", "dead_steps")
+)
 ENVIRONMENT = "environment.json"
 SPLITS = ("train", "validation")
 
@@ -47,6 +63,10 @@ def answer(file: Path | None, changes: Sequence[str], out: Path | None, resume: 
         folder = resume or _new_run(Path(str(file)).stem, out)
         try:
             finished = run_training(wanted, folder, device)
+        except (FloatingPointError, CollapseError) as error:
+            raise ValueError(f"{error}{_way_on(folder)}") from error
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"the step is lost{_way_on(folder)}") from None
         finally:
             if dist.get_rank() == 0:
                 run.discard(folder)
@@ -64,14 +84,16 @@ def run_training(wanted: Config, folder: Path, device: torch.device, watch: bool
     """
     _deterministic(wanted)
     mesh = make_mesh(wanted.parallel, device.type)
-    wanted = with_start(wanted)
+    if not checkpoint.whole(folder):
+        wanted = with_start(wanted)
+    check(wanted, mesh["data"].size())
     store = _shards(wanted)
     verify = int(os.environ.get("LOCAL_RANK", 0)) == 0
     text, held_out = (shards.open_shards(store, name, verify) for name in SPLITS)
     resolved = with_vocabulary(wanted, text)
-    check(resolved.model, resolved.parallel, resolved.batch, mesh["data"].size())
+    check(resolved, mesh["data"].size())
+    found = size(resolved, dist.get_world_size(), device.type)
     if dist.get_rank() == 0:
-        found = size(resolved, dist.get_world_size())
         print(f"hakari: {first_line(found, resolved, device)}", file=sys.stderr, flush=True)
         _record(folder, resolved, store, device)
     dist.barrier()
@@ -79,9 +101,10 @@ def run_training(wanted: Config, folder: Path, device: torch.device, watch: bool
 
 
 def with_start(wanted: Config) -> Config:
-    """The configuration with the sizes of the model it starts from, where it names one.
+    """The configuration with the model it starts from, where it names one.
 
-    The experts stay as the configuration says: a dense model is upcycled.
+    Experts stay as the configuration says where the folder's model is dense: it is upcycled.
+    Of a sparse one, the configuration may change what is not stored in weights.
     Raises ValueError if a size in the configuration contradicts the folder's.
     """
     if not wanted.start:
@@ -89,16 +112,29 @@ def with_start(wanted: Config) -> Config:
     from hakari.training.hugging_face import read_config
 
     found, said = read_config(wanted.start), wanted.model
-    moe = said.moe if said.moe.experts else found.moe
-    model = replace(found, moe=moe)
-    for name, value in config.to_dict(said).items():
-        theirs = getattr(found, name)
-        if name != "moe" and value not in (theirs, getattr(Model(), name)):
-            raise ValueError(
-                f"model.{name} = {value!r}, but {wanted.start} has {theirs!r}: leave it out"
-            )
+    moe = said.moe
+    if found.moe.experts:
+        moe = _merged(found.moe, said.moe, "model.moe", ("experts", "top_k", "hidden", "layers"))
+    names = tuple(f.name for f in fields(Model) if f.name != "moe")
+    model = replace(_merged(found, said, "model", names), moe=moe)
     tokenizer = wanted.data.tokenizer or wanted.start
     return replace(wanted, model=model, data=replace(wanted.data, tokenizer=tokenizer))
+
+
+def _merged(found: Any, said: Any, section: str, fixed: Sequence[str]) -> Any:
+    """The folder's values, but for what the configuration says; the fixed ones must agree."""
+    plain, changed = type(said)(), {}
+    for f in fields(said):
+        value, theirs = getattr(said, f.name), getattr(found, f.name)
+        if f.name == "moe" or value in (theirs, getattr(plain, f.name)):
+            continue
+        if f.name in fixed:
+            raise ValueError(
+                f"{section}.{f.name} = {value!r}, but the model it starts from has {theirs!r}: "
+                "leave it out"
+            )
+        changed[f.name] = value
+    return replace(found, **changed)
 
 
 def with_vocabulary(wanted: Config, text: Tokens) -> Config:
@@ -124,18 +160,25 @@ def store_of(folder: Path) -> Path:
 
 
 def _resumed(folder: Path, changes: Sequence[str]) -> Config:
-    """A run's configuration with changes that leave what it computes the same."""
-    stored = config.from_dict(run.read_config(folder))
+    """A run's configuration with changes that leave what it has learnt, and reads, the same."""
+    stored = config.to_dict(config.from_dict(run.read_config(folder)))
     if not checkpoint.whole(folder):
         raise ValueError(f"{folder} has no complete checkpoint to resume from")
     wanted = config.load(folder / run.CONFIG, changes)
-    for name, value in config.to_dict(wanted).items():
-        if name not in FREE and value != config.to_dict(stored)[name]:
+    for name, *_ in config.explain():
+        old, new = _field(stored, name), _field(config.to_dict(wanted), name)
+        if new != old and not any(name == free or name.startswith(f"{free}.") for free in FREE):
             raise ValueError(
-                f"--set {name}...: it would change what {folder} has learnt or reads; a resumed "
-                f"run may change {', '.join(FREE)}"
+                f"{name} = {new!r} is not what {folder} was trained with ({old!r}); a resumed run "
+                f"may change {', '.join(FREE)}"
             )
     return wanted
+
+
+def _field(table: Mapping[str, Any], name: str) -> Any:
+    for part in name.split("."):
+        table = table[part]
+    return table
 
 
 def _new_run(name: str, out: Path | None) -> Path:
@@ -159,11 +202,16 @@ def _record(folder: Path, resolved: Config, store: Path, device: torch.device) -
         "versions": run.versions("torch", "tokenizers", "numpy"),
         "device": name,
         "processes": dist.get_world_size(),
-        "tokens": str(store),
+        "tokens": str(store.resolve()),
     }
     (folder / ENVIRONMENT).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(store / name, folder / name)
+
+
+def _way_on(folder: Path) -> str:
+    saved = checkpoint.whole(folder)
+    return f"; {saved[-1]} is whole: hakari train --resume {folder}" if saved else ""
 
 
 def _close(folder: Path, finished: bool) -> None:

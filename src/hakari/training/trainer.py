@@ -10,7 +10,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -25,7 +25,7 @@ from hakari.training.config import Config
 from hakari.training.hardware import memory_bytes, peak_flops
 from hakari.training.interrupt import graceful_stop
 from hakari.training.metrics import Metrics
-from hakari.training.moe.health import problems
+from hakari.training.moe.health import CollapseError, problems
 from hakari.training.shards import Tokens
 from hakari.training.size import size
 from hakari.training.step import Outcome, Trainer, make_work, prepare, train_step, validate
@@ -41,6 +41,10 @@ class Cursor:
     samples: int = 0
     tokens: int = 0
 
+    def after(self, samples: int, tokens: int) -> Cursor:
+        """One step on."""
+        return Cursor(self.step + 1, self.samples + samples, self.tokens + tokens)
+
 
 def train(
     config: Config,
@@ -55,11 +59,13 @@ def train(
     text, held_out: token shards to train on and to validate with. watch: show progress.
     Every process calls it.
     Returns False if a signal stopped the run early; a checkpoint is written either way.
-    Raises FloatingPointError, with a checkpoint of the last good state, if a value is not finite.
+    Raises FloatingPointError if a value is not finite, CollapseError if an expert is lost, with a
+    checkpoint of the last good state.
     """
-    trainer = prepare(config, mesh)
+    found = checkpoint.whole(run)
+    trainer = prepare(replace(config, start="") if found else config, mesh)
     cursor = Cursor()
-    if found := checkpoint.whole(run):
+    if found:
         cursor = Cursor(**checkpoint.load(found[-1], trainer.model, trainer.optimizer))
     with ExitStack() as stack:
         stack.enter_context(_collecting_between_steps())
@@ -88,14 +94,12 @@ def _loop(
         begun = time.perf_counter()
         try:
             outcome = _one(trainer, text, cursor)
-            said = problems(outcome.health, cursor.step + 1, silent, config.model.moe.dead_steps)
-        except (FloatingPointError, RuntimeError):
+            cursor = cursor.after(config.batch, outcome.tokens)
+            said = problems(outcome.health, cursor.step, silent, config.model.moe.dead_steps)
+        except (FloatingPointError, CollapseError):  # on all processes alike, so they can save
             if saved < cursor.step:
                 _save(trainer, run, cursor, metrics)
             raise
-        cursor = Cursor(
-            cursor.step + 1, cursor.samples + config.batch, cursor.tokens + outcome.tokens
-        )
         row = measure(outcome, cursor, time.perf_counter() - begun)
         if _due(config.validate_every, cursor.step, config.steps):
             row["validation_loss"] = validate(trainer, _held_out(trainer, held_out))

@@ -9,7 +9,6 @@ would punish an expert for liking the text of one rank.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
@@ -20,7 +19,6 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 FACTS = ("tokens", "entropy", "singletons", "z_squared")
-_local = threading.local()
 
 
 class Ledger(nn.Module):
@@ -32,6 +30,7 @@ class Ledger(nn.Module):
     peak: Tensor  # [], largest |logit|; not finite if any logit is not
     fraction: Tensor  # [E], share of the load over the step, set by `settle`
     per_token: Tensor  # [], 1 / tokens of the step, set by `begin`
+    repeated: Tensor  # [], 1 while the layer is recomputed, so as not to count it again; else 0
 
     def __init__(self, experts: int) -> None:
         super().__init__()
@@ -51,6 +50,7 @@ class Ledger(nn.Module):
             "peak": ((), wide),
             "fraction": ((self.experts,), wide),
             "per_token": ((), wide),
+            "repeated": ((), torch.int64),
         }
 
     def clear(self) -> None:
@@ -142,31 +142,36 @@ def record(
     """Add one call of the router to the ledger, unless it only recomputes; returns its counts."""
     one = torch.ones_like(expert) if valid is None else valid[:, None].expand_as(expert).long()
     counts = torch.zeros_like(ledger.counts).scatter_add_(0, expert.flatten(), one.flatten())
-    if getattr(_local, "recomputing", False):
-        return counts
     weight = one[:, 0].to(probability.dtype)
     entropy = -(torch.xlogy(probability, probability).sum(-1) * weight).sum()
     squared = (torch.logsumexp(logits, -1).square() * weight).sum()
     single = (singleton * one).sum()
-    ledger.counts += counts
-    ledger.chance += (probability * weight[:, None]).sum(0)
-    ledger.facts += torch.stack([weight.sum(), entropy, single.to(entropy.dtype), squared])
+    once = 1 - ledger.repeated
+    ledger.counts += once * counts
+    ledger.chance += once * (probability * weight[:, None]).sum(0)
+    ledger.facts += once * torch.stack([weight.sum(), entropy, single.to(entropy.dtype), squared])
     ledger.peak.copy_(torch.maximum(ledger.peak, logits.abs().amax()))
     return counts
 
 
-def recompute_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def recompute_contexts(
+    model: nn.Module,
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """`context_fn` of torch.utils.checkpoint: a recomputed router is not counted again."""
-    return nullcontext(), _recomputing()
+    return nullcontext(), _repeating(model)
 
 
 @contextmanager
-def _recomputing() -> Iterator[None]:
-    _local.recomputing = True
+def _repeating(model: nn.Module) -> Iterator[None]:
+    # a tensor, since a compiled block must be the same graph when it is recomputed
+    found = ledgers(model)
+    for ledger in found:
+        ledger.repeated.fill_(1)
     try:
         yield
     finally:
-        _local.recomputing = False
+        for ledger in found:
+            ledger.repeated.zero_()
 
 
 # --- operators, so that a compiler neither looks inside nor takes the load before it is settled ---

@@ -23,9 +23,9 @@ from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-CALL = {2: 2**22, 4: 2**20, 8: 2**20}
-"""Multiply-adds done in the time that one more matrix product costs, by bytes of an element.
-Measured on two cores (AVX-512, bf16 instructions), where it hardly matters within a factor 2."""
+CALL = {2: 2**21, 4: 2**19, 8: 2**19}
+"""Multiply-adds that each thread does in the time one more matrix product costs, by the bytes of
+an element. Measured with one and two threads; a factor of two hardly matters."""
 
 
 # --- public -------------------------------------------------------------------------------
@@ -101,8 +101,9 @@ def dispatch(
     chosen, order = expert.flatten().sort(stable=True)
     bounds = torch.arange(experts, device=x.device)
     ends = torch.searchsorted(chosen, bounds, right=True, out_int32=True)
-    rows = _Permute.apply(x, order, _inverse(order), expert.shape[1])
-    return cast(Tensor, rows), ends, _inverse(order)
+    inverse = _inverse(order)
+    rows = _Permute.apply(x, order, inverse, expert.shape[1])
+    return cast(Tensor, rows), ends, inverse
 
 
 def gather(
@@ -187,18 +188,20 @@ def _mlp_backward(
     ends: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_rows = _place(grad.reshape(-1, rows.shape[1]), slot, len(rows))
-    weights = gate, up, down, *(w.new_empty(w.shape) for w in (gate, up, down))
-    for y, r, a_, b_, g, u, d, *grads in _groups(ends, (grad_rows, rows, a, b), weights):
+    grad_gate, grad_up, grad_down = (w.new_empty(w.shape) for w in (gate, up, down))
+    weights = gate, up, down, grad_gate, grad_up, grad_down
+    for y, r, a_, b_, g, u, d, dg, du, dd in _groups(ends, (grad_rows, rows, a, b), weights):
         s, v = F.silu(a_), torch.empty_like(a_)
         _multiply(y, d, v)
-        _multiply(y.mT, s * b_, grads[2])
-        s *= v
-        torch.ops.aten.silu_backward.grad_input(v.mul_(b_), a_, grad_input=v)
-        _multiply(v.mT, r, grads[0])
-        _multiply(s.mT, r, grads[1])
+        _multiply(y.mT, s * b_, dd)
+        s *= v  # the gradient of b_
+        torch.ops.aten.silu_backward.grad_input(v.mul_(b_), a_, grad_input=v)  # and of a_
+        _multiply(v.mT, r, dg)
+        _multiply(s.mT, r, du)
         _multiply(v, g, y)  # y was read for the last time
         _multiply(s, u, y, add=True)
-    return _sum_copies(grad_rows.index_select(0, slot), grad.shape[1]), *weights[3:]
+    grad_x = _sum_copies(grad_rows.index_select(0, slot), grad.shape[1])
+    return grad_x, grad_gate, grad_up, grad_down
 
 
 def _multiply(x: Tensor, y: Tensor, out: Tensor, add: bool = False) -> None:
@@ -216,7 +219,6 @@ def _groups(
     sizes = _sizes(ends, len(rows[0]))
     if len(set(sizes)) == 1:
         return [(*(r.unflatten(0, (len(sizes), sizes[0])) for r in rows), *weights)]
-    # unbind: indexing w[e] would give each gradient the size of all of w
     return zip(*(r.split(sizes) for r in rows), *(w.unbind(0) for w in weights), strict=True)
 
 
@@ -262,7 +264,7 @@ def _layout(expert: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, int]:
     loads = counts.tolist()
     largest, calls = max(loads), experts - loads.count(0)
     padding = experts * largest - len(chosen)
-    if padding * gate[0].numel() > calls * CALL[gate.element_size()]:
+    if padding * gate[0].numel() > calls * CALL[gate.element_size()] * torch.get_num_threads():
         return slot, ends.int(), len(chosen)
     equal = largest * torch.arange(1, experts + 1)
     slot += (equal - largest - ends + counts)[chosen]

@@ -17,6 +17,10 @@ from hakari.training.moe.balance import FACTS
 from hakari.training.moe.layer import MixtureOfExperts
 
 
+class CollapseError(RuntimeError):
+    """An expert got no token for too long; the same on every process."""
+
+
 @dataclass(frozen=True)
 class LayerHealth:
     """One layer's router over one step, all ranks together.
@@ -49,7 +53,7 @@ def examine(model: nn.Module, mesh: DeviceMesh | None = None) -> list[LayerHealt
 def problems(
     health: list[LayerHealth], step: int, silent: dict[tuple[int, int], int], dead_steps: int
 ) -> list[str]:
-    """Warnings in words; raises RuntimeError naming layer and step if a layer is lost.
+    """Warnings in words; raises CollapseError naming layer and step if a layer is lost.
 
     silent: steps since each (layer, expert) last got a token; updated here. dead_steps: how many
     end the run; 0 never.
@@ -61,7 +65,7 @@ def problems(
             silent[key] = 0 if tokens else silent.get(key, 0) + 1
         dead = [e for e in range(len(one.load)) if silent[(one.layer, e)] >= max(dead_steps, 1)]
         if dead and dead_steps:
-            raise RuntimeError(
+            raise CollapseError(
                 f"step {step}: layer {one.layer} has collapsed: no token reached expert "
                 f"{', '.join(map(str, dead))} for {dead_steps} steps; raise model.moe.balance, "
                 "or set model.moe.dead_steps = 0 to go on"
@@ -88,10 +92,11 @@ def _warnings(one: LayerHealth) -> list[str]:
 
 
 def _row(module: MixtureOfExperts) -> Float[Tensor, " cells"]:
-    """Counts, chances, facts, peak, and top_k, in one row of float64."""
+    """Counts, chances, facts, top_k and peak, in one row of float64."""
     book = module.ledger
     top_k = torch.tensor([float(module.config.top_k)], dtype=torch.float64).to(book.facts.device)
-    return torch.cat([book.counts.double(), book.chance, book.facts, top_k, book.peak[None]])
+    peak = book.peak[None].nan_to_num(torch.inf, torch.inf)  # a maximum over ranks may lose NaN
+    return torch.cat([book.counts.double(), book.chance, book.facts, top_k, peak])
 
 
 def _together(rows: dict[int, Tensor], mesh: DeviceMesh) -> dict[int, Tensor]:

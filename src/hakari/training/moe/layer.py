@@ -16,7 +16,7 @@ from hakari.training.config import MoE
 from hakari.training.moe import balance
 from hakari.training.moe.estimators import ESTIMATORS, combine
 from hakari.training.moe.experts import expert_mlp
-from hakari.training.moe.router import Routing, route
+from hakari.training.moe.router import Routing, check_routing, route
 
 
 class MixtureOfExperts(nn.Module):
@@ -35,6 +35,7 @@ class MixtureOfExperts(nn.Module):
         self.config, self.layer = config, layer
         self.estimator = ESTIMATORS[config.router]
         experts, hidden = config.experts, config.hidden
+        self._check()
         self.router = nn.Linear(dim, experts, bias=False)
         self.gate = nn.Parameter(torch.empty(experts, hidden, dim))
         self.up = nn.Parameter(torch.empty(experts, hidden, dim))
@@ -63,6 +64,12 @@ class MixtureOfExperts(nn.Module):
         routing = self._route(flat, sampling, None if valid is None else valid.flatten())
         output = expert_mlp(flat, routing.expert, self.gate, self.up, self.down)
         return combine(output, routing, self.estimator).to(x.dtype).view_as(x)
+
+    def _check(self) -> None:
+        c = self.config
+        check_routing(
+            self.estimator, top_k=c.top_k, experts=c.experts, jitter=c.jitter, mask=c.mask
+        )
 
     def clear(self) -> None:
         """Fill what is not learnt by gradients: nothing counted, no expert preferred."""
