@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 from types import ModuleType
 
 import pyarrow.parquet as pq
@@ -19,6 +20,8 @@ import hakari.demo as main
 import hakari.inference as hi
 from hakari.report import Chapter, Part
 from hakari.run import read_config
+from hakari.training.chapter import TINY
+from hakari.training.config import from_dict, load
 
 from .conftest import hakari
 
@@ -75,6 +78,11 @@ def test_the_run_folder_loads(demo):
     for name in ("card-nearc4", "card-nearc2-nearc4"):
         assert hi.load(run / f"{name}.nc").attrs["rows"] == 3010
         assert (run / f"{name}.csv").is_file()
+
+
+def test_the_demo_trains_the_example():
+    file = Path(__file__).parents[2] / "examples" / "moe_tiny.toml"
+    assert load(file) == from_dict(TINY)
 
 
 def test_the_model_has_learnt_from_all_its_tokens(demo):

@@ -30,7 +30,7 @@ from hakari.training.size import first_line, size
 from hakari.training.trainer import train
 
 # what a resumed run may change: how the work is done, not what was learnt or is read
-FREE = (
+FREE: tuple[str, ...] = (
     "steps",
     "batch",
     "micro_batch",
