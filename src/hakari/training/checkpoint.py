@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
 FOLDER, COMMIT, PROGRESS = "checkpoints", "COMMIT", "progress.json"
@@ -67,7 +68,8 @@ def whole(run: Path) -> list[Path]:
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Read a checkpoint into a model and optimizer, however they are split now.
 
-    Returns the progress it was saved with. Raises ValueError if the checkpoint lacks a tensor.
+    Returns the progress it was saved with. Raises ValueError if the checkpoint lacks a tensor or
+    has it in another shape.
     """
     tensors = _tensors(model, optimizer)
     _read(folder, tensors)
@@ -117,6 +119,10 @@ def _read(folder: Path, tensors: dict[str, Tensor]) -> None:
             f"{folder} lacks {len(missing)} tensors, such as {missing[0]}: it belongs to another "
             "model or optimizer"
         )
+    for name, tensor in sorted(tensors.items()):
+        there = stored[name]
+        if isinstance(there, TensorStorageMetadata) and there.size != tensor.shape:
+            raise ValueError(f"{folder}: {name} is {[*there.size]}, here {[*tensor.shape]}")
     dcp.load(  # type: ignore[attr-defined]
         tensors, storage_reader=reader
     )

@@ -48,6 +48,7 @@ class Transformer(nn.Module):
         super().__init__()
         if not config.vocabulary:
             raise ValueError("model.vocabulary = 0: it is the tokenizer's to fill in")
+        angles(config, 1, torch.device("meta"))  # refuses what it cannot turn
         self.config, self.recompute = config, False
         self.embed: nn.Embedding | None = nn.Embedding(config.vocabulary, config.dim)
         # a dictionary, so that a pipeline stage keeps the names of the layers it has

@@ -1,0 +1,293 @@
+"""A run goes on from its checkpoint on other numbers of processes as if it had never stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from hakari.training import checkpoint
+from hakari.training.config import from_dict
+from hakari.training.model import Transformer
+from hakari.training.parallel import alone, make_mesh
+from hakari.training.step import Trainer, make_work, prepare, train_step
+from tests.distributed.ranks import ranks
+from tests.distributed.steps import batch, table, whole
+
+pytestmark = pytest.mark.xdist_group("gloo")
+
+torch.set_num_threads(1)
+
+MODELS: dict[str, dict[str, Any]] = {
+    "grin": {},
+    "aux_free, some layers": {"model__moe__router": "aux_free", "model__moe__layers": [1, 3]},
+    "dense, tied": {"model__moe__experts": 0, "model__tied": True},
+}
+SPLITS: dict[str, dict[str, Any]] = {
+    "data": {"parallel__data": 2},
+    "tensor": {"parallel__tensor": 2},
+    "pipeline": {"parallel__pipeline": 2, "micro_batch": 4},
+}
+SAVED, LAST = 2, 4  # steps
+
+
+def trainer_of(changes: dict[str, Any]) -> Trainer:
+    config = from_dict(table(**changes))
+    return prepare(config, make_mesh(config.parallel, "cpu"))
+
+
+def go(trainer: Trainer, start: int, stop: int) -> list[float]:
+    axis = trainer.mesh["data"]
+    part = batch(axis.get_local_rank(), axis.size())
+    return [
+        train_step(trainer, make_work(trainer, part, step), step).loss
+        for step in range(start, stop)
+    ]
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: whole(p.detach()).clone() for name, p in trainer.model.named_parameters()}
+
+
+def moments(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {
+        f"{name} {key}": whole(value).clone()
+        for name, parameter in trainer.model.named_parameters()
+        for key, value in trainer.optimizer.state[parameter].items()
+    }
+
+
+def uninterrupted(run: Path, changes: dict[str, Any]) -> Any:
+    """Save after two steps and go on to four: losses, weights and moments at the end."""
+    trainer = trainer_of(changes)
+    go(trainer, 0, SAVED)
+    saved = {"samples": SAVED * 8}
+    checkpoint.save(run, SAVED, trainer.model, trainer.optimizer, saved)
+    losses = go(trainer, SAVED, LAST)
+    return losses, weights(trainer), moments(trainer)
+
+
+def resumed(run: Path, changes: dict[str, Any]) -> Any:
+    """The same last steps, by processes that know nothing of the first ones."""
+    trainer = trainer_of(changes | {"seed": 9})  # other weights, other noise
+    trainer = Trainer(**vars(trainer) | {"config": from_dict(table(**changes))})
+    progress = checkpoint.load(checkpoint.whole(run)[-1], trainer.model, trainer.optimizer)
+    assert progress == {"samples": SAVED * 8, "step": SAVED}
+    losses = go(trainer, progress["step"], LAST)
+    return losses, weights(trainer), moments(trainer)
+
+
+# --- two processes, one start for all -------------------------------------------------------
+
+
+def splits(model: str) -> list[str]:
+    return [s for s in SPLITS if not ("tied" in model and s == "pipeline")]
+
+
+def everything(folder: str, start: str) -> dict[tuple[str, str], Any]:
+    """On two ranks: save by data, or only resume from what one process has saved."""
+    found = {}
+    for model, changes in MODELS.items():
+        run = Path(folder) / model
+        if start == "save":
+            found[model, "uninterrupted"] = uninterrupted(run, changes | SPLITS["data"])
+        for split in splits(model) if start == "save" else ["data", "tensor"]:
+            found[model, split] = resumed(run, changes | SPLITS[split])
+    return found
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Saved by two ranks; resumed on two by data, tensor and pipeline, and on one."""
+    folder = tmp_path_factory.mktemp("two")
+    found = ranks(2, everything, str(folder), "save")
+    with alone():
+        one = {(m, "one"): resumed(folder / m, MODELS[m]) for m in MODELS}
+    return [rank | one for rank in found]
+
+
+RESUMED = [(model, split) for model in MODELS for split in [*splits(model), "one"]]
+
+
+@pytest.mark.parametrize(("model", "split"), RESUMED)
+def test_a_run_of_two_processes_goes_on_on_others(two, model, split):
+    for rank in two:
+        losses, state, moved = rank[model, "uninterrupted"]
+        found, theirs, others = rank[model, split]
+        assert found == pytest.approx(losses, rel=1e-12)
+        for name, value in theirs.items():  # of the layers this rank has
+            torch.testing.assert_close(value, state[name], rtol=1e-10, atol=1e-11)
+        for name, value in others.items():
+            torch.testing.assert_close(value.double(), moved[name].double(), rtol=1e-9, atol=1e-12)
+        if split == "data":
+            assert found == losses
+            assert all(torch.equal(value, state[name]) for name, value in theirs.items())
+            assert all(torch.equal(value, moved[name]) for name, value in others.items())
+    names = set().union(*(rank[model, split][1] for rank in two))
+    assert names == set(two[0][model, "uninterrupted"][1])
+
+
+def test_both_ranks_of_a_pipeline_have_their_own_layers(two):
+    first, last = (set(rank["grin", "pipeline"][1]) for rank in two)
+    assert first
+    assert last
+    assert not first & last
+
+
+# --- one process ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def group():
+    with alone():
+        yield
+
+
+@pytest.fixture
+def saved(group, tmp_path):
+    """A run that was saved after two steps by one process, and what followed."""
+    return tmp_path, uninterrupted(tmp_path, {})
+
+
+def test_one_process_goes_on_with_the_same_bits(saved):
+    run, (losses, state, moved) = saved
+    found, theirs, others = resumed(run, {})
+    assert found == losses
+    assert all(torch.equal(theirs[name], state[name]) for name in state)
+    assert all(torch.equal(others[name], moved[name]) for name in moved)
+
+
+def test_to_forget_the_optimizer_is_noticed(saved):
+    run, (losses, _, _) = saved
+
+    def weights_alone(folder, model, optimizer):
+        return checkpoint.load_model(folder, model)
+
+    with patch.object(checkpoint, "load", weights_alone):
+        found, _, _ = resumed(run, {})
+    assert found[0] == losses[0]  # before the optimizer's first step
+    assert found[1] != pytest.approx(losses[1], rel=1e-6)
+
+
+def test_to_forget_the_count_of_steps_is_noticed(saved):
+    run, (losses, _, _) = saved
+    read = checkpoint._read
+
+    def all_but_steps(folder, tensors):
+        read(folder, {name: t for name, t in tensors.items() if not name.endswith(".step")})
+
+    with patch.object(checkpoint, "_read", all_but_steps):
+        found, _, _ = resumed(run, {})
+    assert found[1] != pytest.approx(losses[1], rel=1e-6)
+
+
+def test_weights_alone_are_read_for_generation(saved):
+    run, _ = saved
+    other = trainer_of({"seed": 9})
+    (folder,) = checkpoint.whole(run)
+    assert checkpoint.load_model(folder, other.model)["step"] == SAVED
+    again = trainer_of({})
+    go(again, 0, SAVED)
+    assert all(torch.equal(value, weights(other)[name]) for name, value in weights(again).items())
+    assert not other.optimizer.state
+
+
+def test_the_folder_holds_safetensors_and_readable_progress(saved):
+    from safetensors import safe_open
+
+    (folder,) = checkpoint.whole(saved[0])
+    assert folder == saved[0] / "checkpoints" / "step-00000002"
+    assert json.loads((folder / "progress.json").read_text()) == {"samples": 16, "step": 2}
+    names: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names |= set(file.keys())
+    assert {"model.embed.weight", "optimizer.state.layers.0.mlp.gate.exp_avg"} <= names
+    assert not list(folder.glob("*.pt"))
+
+
+def save(run: Path, step: int, trainer: Trainer, keep: int = 0) -> None:
+    checkpoint.save(run, step, trainer.model, trainer.optimizer, {}, keep)
+
+
+def steps_of(run: Path) -> list[int]:
+    return [checkpoint.progress(folder)["step"] for folder in checkpoint.whole(run)]
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2])
+def test_keep_removes_the_oldest_only(group, tmp_path, keep):
+    trainer = trainer_of({})
+    for step in (1, 5, 9, 10):
+        save(tmp_path, step, trainer, keep)
+    assert steps_of(tmp_path) == [1, 5, 9, 10][-keep:]
+
+
+def test_an_incomplete_checkpoint_is_ignored_and_replaced(group, tmp_path):
+    trainer = trainer_of({})
+    save(tmp_path, 1, trainer)
+    save(tmp_path, 2, trainer)
+    (tmp_path / "checkpoints" / "step-00000002" / "COMMIT").unlink()
+    assert steps_of(tmp_path) == [1]
+    assert checkpoint.whole(tmp_path / "elsewhere") == []
+    stale = tmp_path / "checkpoints" / "step-00000002" / "stale.safetensors"
+    stale.write_bytes(b"half a file")
+    save(tmp_path, 2, trainer, keep=1)
+    assert steps_of(tmp_path) == [2]
+    assert not stale.exists()
+    checkpoint.load(checkpoint.whole(tmp_path)[0], trainer.model, trainer.optimizer)
+
+
+def test_older_ones_stay_until_the_new_one_is_whole(group, tmp_path):
+    trainer = trainer_of({})
+    save(tmp_path, 1, trainer, keep=1)
+
+    def fail(*arguments, **named):
+        raise OSError("No space left on device")
+
+    with patch.object(checkpoint.dcp, "save", fail), pytest.raises(OSError, match="No space"):
+        save(tmp_path, 2, trainer, keep=1)
+    assert steps_of(tmp_path) == [1]
+
+
+WRONG = {
+    "more layers": ({"model__layers": 6}, r"lacks \d+ tensors, such as model\.layers\.4\."),
+    "another kind of layer": (
+        {"model__moe__layers": [0, 1, 2]},
+        r"such as model\.layers\.3\.mlp\.down\.weight: it belongs to another model or optimizer",
+    ),
+    "a selection bias": (
+        {"model__moe__router": "aux_free"},
+        r"such as model\.layers\.0\.mlp\.selection_bias",
+    ),
+    "other widths": (
+        {"model__hidden": 48, "model__moe__hidden": 24},
+        r"model\.layers\.0\.mlp\.down is \[4, 32, 16\], here \[4, 32, 24\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_checkpoint_of_another_model_is_refused_by_name(saved, case):
+    changes, message = WRONG[case]
+    trainer = trainer_of(changes)
+    before = weights(trainer)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load(checkpoint.whole(saved[0])[0], trainer.model, trainer.optimizer)
+    assert all(torch.equal(value, before[name]) for name, value in weights(trainer).items())
+    with pytest.raises(ValueError, match="step-00000002"):
+        checkpoint.load_model(checkpoint.whole(saved[0])[0], trainer.model)
+
+
+def test_a_model_without_optimizer_can_be_read_into_a_plain_one(saved):
+    config = from_dict(table())
+    plain = Transformer(config.model).double()
+    checkpoint.load_model(checkpoint.whole(saved[0])[0], plain)
+    other = trainer_of({"seed": 9})
+    checkpoint.load_model(checkpoint.whole(saved[0])[0], other.model)
+    assert all(
+        torch.equal(value, plain.get_parameter(name)) for name, value in weights(other).items()
+    )
