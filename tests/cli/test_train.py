@@ -25,7 +25,7 @@ from hakari.training.metrics import read
 
 from .conftest import HAKARI
 
-pytestmark = pytest.mark.xdist_group("gloo")
+pytestmark = pytest.mark.xdist_group("train")
 
 torch.set_num_threads(1)
 
@@ -176,7 +176,8 @@ def test_the_first_line_says_how_large_it_will_be(resumed):
     first = resumed["whole"].err.splitlines()[0]
     assert re.match(
         r"hakari: [\d.]+ thousand parameters, [\d.]+ thousand active; "
-        r"about \d+\.\d\d GiB a process \(\d+\.\d\d state, \d+\.\d\d activations\), \d+\.\d GiB free here; fits a 4 GiB device$",
+        r"about \d+\.\d\d GiB a process \(\d+\.\d\d state, "
+        r"\d+\.\d\d activations\), \d+\.\d GiB free here; fits a 4 GiB device$",
         first,
     )
 
@@ -239,15 +240,15 @@ def test_sigterm_saves_too_and_the_run_goes_on_to_the_same_bits(
         return one(trainer, text, cursor)
 
     one = trainer._one
-    monkeypatch.setattr(trainer, "_one", step_and_signal)
-    status, out, err = train("steps=4")
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "_one", step_and_signal)
+        status, out, err = train("steps=4")
     assert (status, out) == (130, "answer\n"), err
     assert "hakari: stopped; go on with: hakari train --resume answer\n" in err
     assert [row["step"] for row in read(Path("answer"))] == [1, 2]
-    monkeypatch.undo()
-    status, _, err = type_in("train", "--resume", Path("answer").resolve())
+    status, _, err = type_in("train", "--resume", "answer")
     assert status == 0, err
-    rows = read(Path("answer").resolve())
+    rows = read(Path("answer"))
     assert len(rows) == 4
     same_bits(rows, resumed["whole"].rows)
 

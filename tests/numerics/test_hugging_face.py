@@ -25,7 +25,7 @@ from transformers.models.phimoe.modeling_phimoe import ROPE_INIT_FUNCTIONS
 
 from hakari.training import hugging_face, hugging_face_config, tokenizer
 from hakari.training.config import Model
-from hakari.training.generate import generate
+from hakari.training.generation import generate
 from hakari.training.hugging_face import Weights, load, read_config, save
 from hakari.training.model import Transformer, tie
 

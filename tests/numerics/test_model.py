@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -15,9 +16,10 @@ from hakari.training.model import Transformer, initialise, summed_loss, tie
 from hakari.training.moe import balance
 from hakari.training.moe.layer import MixtureOfExperts
 from hakari.training.noise import token_keys
-from hakari.training.parallel import alone, keep_stage, make_mesh
+from hakari.training.parallel import keep_stage, make_mesh
 from hakari.training.rotary import angles, rotate
 from hakari.training.step import make_work, prepare, train_step
+from tests.distributed.ranks import ranks
 from tests.distributed.steps import batch, gradients, table
 
 torch.set_num_threads(1)
@@ -178,10 +180,17 @@ def test_rotated_products_depend_on_the_distance_alone():
     assert (products[0] - products[0, 0]).abs().max() > 0.1
 
 
-def test_a_rotation_that_is_not_known_is_refused():
-    config = Model(**SMALL, rope_scaling={"rope_type": "yarn"})
-    with pytest.raises(ValueError, match="'yarn': known are default, llama3, longrope"):
-        angles(config, 4, torch.device("cpu"))
+ROTATIONS = {
+    r"'yarn': known are default, llama3, longrope": {"rope_type": "yarn"},
+    r"model\.rope_scaling lacks 'low_freq_factor': \{'rope_type'": {"rope_type": "llama3"},
+}
+
+
+@pytest.mark.parametrize("message", ROTATIONS)
+def test_a_rotation_that_is_not_known_or_complete_is_refused(message):
+    config = Model(**SMALL, rope_scaling=ROTATIONS[message])
+    with pytest.raises(ValueError, match=message):
+        Transformer(config)
 
 
 def test_the_loss_is_the_sum_of_surprises_of_known_targets():
@@ -320,56 +329,66 @@ COMPILED: dict[str, dict[str, Any]] = {
 }
 GRAPHS = {"dense": 1, "grin": 1, "aux_free, some layers, rank scope": 2, "recomputed": 1}
 
-of_torch = pytest.mark.filterwarnings(  # what its compiler says of its own code
-    "ignore:The .grad attribute of a Tensor that is not a leaf",
-    "ignore:.torch.jit.script_method. is deprecated",
-    "ignore:<class 'torch.autograd.function.Function'> should not be instantiated",
-)
+
+@dataclass(frozen=True)
+class Compiled:
+    """Losses and last gradients of three steps, compiled and not; what the compiler did."""
+
+    losses: tuple[list[float], list[float]]
+    gradients: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
+    breaks: int
+    graphs: int
 
 
-def three_steps(changes: dict[str, Any], backend: str | None = None):
-    """Losses and last gradients in float32; backend: None as the configuration says."""
+def three_steps(changes: dict[str, Any], backend: str) -> tuple[list[float], Any]:
+    """In float32; backend: "" as the configuration says."""
+    config = from_dict(table(precision="float32", optimizer__learning_rate=1e-3, **changes))
+    trainer = prepare(config, make_mesh(config.parallel, "cpu"))
+    if backend:
+        for block in trainer.model.layers.values():
+            block.compile(backend=backend)
+    losses = [
+        train_step(trainer, make_work(trainer, batch(), step), step).loss for step in range(3)
+    ]
+    return losses, gradients(trainer.model)
+
+
+def both(changes: dict[str, Any], backend: str) -> Compiled:
     torch._dynamo.reset()
     counters.clear()
-    config = from_dict(table(precision="float32", optimizer__learning_rate=1e-3, **changes))
-    with alone():
-        trainer = prepare(config, make_mesh(config.parallel, "cpu"))
-        if backend:
-            for block in trainer.model.layers.values():
-                block.compile(backend=backend)
-        losses = [
-            train_step(trainer, make_work(trainer, batch(), step), step).loss for step in range(3)
-        ]
-        return losses, gradients(trainer.model)
+    torch._dynamo.config.capture_dynamic_output_shape_ops = bool(backend)  # else set by `prepare`
+    found = three_steps(changes | {"compile": not backend}, backend)
+    breaks, graphs = len(counters["graph_break"]), counters["stats"]["unique_graphs"]
+    plain = three_steps(changes, "")
+    return Compiled((found[0], plain[0]), (found[1], plain[1]), breaks, graphs)
 
 
-def same(one, other, tolerance: float) -> None:
-    assert one[0] == pytest.approx(other[0], rel=tolerance)
-    for name, gradient in one[1].items():
-        wanted = other[1][name]
+def all_cases(backend: str) -> dict[str, Compiled]:
+    return {name: both(changes, backend) for name, changes in COMPILED.items()}
+
+
+@cache
+def compiled(backend: str) -> dict[str, Compiled]:
+    """All cases, in a process of their own: the checks of shapes here would be compiled too."""
+    return ranks(1, all_cases, backend)[0]
+
+
+def agree(found: Compiled, tolerance: float) -> None:
+    assert found.losses[0] == pytest.approx(found.losses[1], rel=tolerance)
+    for name, gradient in found.gradients[0].items():
+        wanted = found.gradients[1][name]
         assert (gradient - wanted).norm() <= 20 * tolerance * wanted.norm() + 1e-9, name
 
 
-def in_whole_graphs(name: str) -> None:
-    assert not counters["graph_break"]
-    assert counters["stats"]["unique_graphs"] == GRAPHS[name]
+@pytest.mark.xdist_group("compile")
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("", marks=pytest.mark.slow)])
+def test_a_compiled_run_has_the_losses_and_gradients_of_an_eager_one(name, backend):
+    agree(compiled(backend)[name], 1e-5)
 
 
-@of_torch
+@pytest.mark.xdist_group("compile")
 @pytest.mark.parametrize("name", GRAPHS)
 def test_blocks_are_traced_whole_and_layers_share_their_graphs(name):
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        found = three_steps(COMPILED[name], backend="aot_eager")
-    in_whole_graphs(name)
-    same(found, three_steps(COMPILED[name]), 1e-5)
-
-
-@of_torch
-@pytest.mark.slow
-@pytest.mark.parametrize("name", COMPILED)
-def test_a_compiled_run_has_the_losses_and_gradients_of_an_eager_one(name):
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=False):  # and set by prepare
-        found = three_steps(COMPILED[name] | {"compile": True})
-    if name in GRAPHS:  # the pass that counts, without gradients, is not yet traced whole
-        in_whole_graphs(name)
-    same(found, three_steps(COMPILED[name]), 1e-5)
+    found = compiled("aot_eager")[name]
+    assert (found.breaks, found.graphs) == (0, GRAPHS[name])

@@ -17,11 +17,11 @@ from hakari.training.moe import balance, experts
 from hakari.training.noise import token_keys
 from hakari.training.optimizer import make_optimizer
 from hakari.training.parallel import keep_stage
-from hakari.training.size import GIB, Size, first_line, size
+from hakari.training.sizing import GIB, Size, first_line, size
 
 torch.set_num_threads(1)
 
-module = importlib.import_module("hakari.training.size")  # the package exports its function
+module = importlib.import_module("hakari.training.sizing")  # the package exports its function
 
 DENSE = {"vocabulary": 512, "dim": 64, "layers": 4, "heads": 4, "kv_heads": 2, "hidden": 160}
 SPARSE = {"moe": {"experts": 8, "hidden": 96}}

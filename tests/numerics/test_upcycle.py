@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hakari.training import upcycle as upcycle_file
+from hakari.training import upcycling as upcycle_file
 from hakari.training.config import Model, MoE
 from hakari.training.hugging_face import save
 from hakari.training.model import Transformer, initialise, tie
 from hakari.training.moe.estimators import ESTIMATORS
 from hakari.training.moe.router import route
-from hakari.training.upcycle import gate_factor, start, upcycle
+from hakari.training.upcycling import gate_factor, start, upcycle
 
 torch.set_num_threads(1)
 

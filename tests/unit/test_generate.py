@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hakari.training.config import Model, MoE
-from hakari.training.generate import generate, pick
+from hakari.training.generation import generate, pick
 from hakari.training.hugging_face import save
 from hakari.training.model import Transformer, initialise
 

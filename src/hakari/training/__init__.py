@@ -8,7 +8,7 @@ from hakari.training import checkpoint
 from hakari.training.batches import Batch, Windows, rank_batch, validation_batches
 from hakari.training.config import Config, Data, Model, MoE, Optimizer, Parallel
 from hakari.training.config import load as load_config
-from hakari.training.generate import generate
+from hakari.training.generation import generate
 from hakari.training.hugging_face import load as load_hugging_face
 from hakari.training.hugging_face import read_config as read_hugging_face_config
 from hakari.training.hugging_face import save as save_hugging_face
@@ -24,10 +24,10 @@ from hakari.training.optimizer import clip, gradient_norm, learning_rate, make_o
 from hakari.training.parallel import make_mesh, parallelize, start_processes
 from hakari.training.shards import Tokens, open_shards
 from hakari.training.shards import prepare as prepare_shards
-from hakari.training.size import Size, size
+from hakari.training.sizing import Size, size
 from hakari.training.step import Outcome, Trainer, make_work, prepare, train_step, validate
 from hakari.training.trainer import train
-from hakari.training.upcycle import upcycle
+from hakari.training.upcycling import upcycle
 
 __all__ = [
     "ESTIMATORS",

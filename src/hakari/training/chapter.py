@@ -20,7 +20,7 @@ from hakari.training.metrics import read
 from hakari.training.parallel import alone
 from hakari.training.plots import expert_loads, loss, save_plots
 from hakari.training.shards import read_index
-from hakari.training.size import size
+from hakari.training.sizing import size
 from hakari.training.train_command import run_training, store_of
 
 TINY: dict[str, Any] = {  # as examples/moe_tiny.toml

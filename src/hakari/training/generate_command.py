@@ -10,7 +10,7 @@ import torch
 
 from hakari import run
 from hakari.training import checkpoint, config, tokenizer
-from hakari.training.generate import generate
+from hakari.training.generation import generate
 from hakari.training.hardware import pick_device
 from hakari.training.model import Transformer, initialise, tie
 from hakari.training.parallel import alone

@@ -19,9 +19,12 @@ def angles(
 ) -> tuple[Float[Tensor, "S C"], Float[Tensor, "S C"]]:
     """Cosine and sine of position times frequency, times the scaling's attention factor.
 
-    Raises ValueError for a kind of `rope_scaling` that is not known.
+    Raises ValueError for a kind of `rope_scaling` that is not known, or lacks a value.
     """
-    frequency, factor = _frequencies(config, length, device)
+    try:
+        frequency, factor = _frequencies(config, length, device)
+    except KeyError as error:
+        raise ValueError(f"model.rope_scaling lacks {error}: {dict(config.rope_scaling)}") from None
     position = torch.arange(length, device=device, dtype=torch.float32)
     angle = torch.outer(position, frequency)
     angle = torch.cat((angle, angle), dim=-1)

@@ -69,7 +69,7 @@ def build(config: Config, mesh: DeviceMesh) -> Transformer:
     tie(model)
     initialise(model, config.seed)
     if config.start:
-        from hakari.training.upcycle import start
+        from hakari.training.upcycling import start
 
         start(model, config.start, config.seed)
     model.recompute = config.recompute

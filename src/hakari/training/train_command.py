@@ -26,7 +26,7 @@ from hakari.training.hardware import pick_device
 from hakari.training.moe.health import CollapseError
 from hakari.training.parallel import check, make_mesh, start_processes
 from hakari.training.shards import Tokens
-from hakari.training.size import first_line, size
+from hakari.training.sizing import first_line, size
 from hakari.training.trainer import train
 
 # what a resumed run may change: how the work is done, not what was learnt or is read

@@ -27,7 +27,7 @@ from hakari.training.interrupt import graceful_stop
 from hakari.training.metrics import Metrics
 from hakari.training.moe.health import CollapseError, problems
 from hakari.training.shards import Tokens
-from hakari.training.size import size
+from hakari.training.sizing import size
 from hakari.training.step import Outcome, Trainer, make_work, prepare, train_step, validate
 
 GIB = 2**30
