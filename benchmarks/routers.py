@@ -100,7 +100,7 @@ def one(settings: Answer, arm: str, seed: int) -> Answer:
     from hakari.training.config import from_dict
     from hakari.training.metrics import read
     from hakari.training.parallel import alone
-    from hakari.training.size import size
+    from hakari.training.sizing import size
     from hakari.training.train_command import run_training
 
     torch.set_num_threads(1)
