@@ -37,6 +37,8 @@ bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
 	$(BIN)/python benchmarks/samplers.py
 	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/moe.py
+	$(BIN)/python benchmarks/routers.py
 
 clean:
 	rm -rf $(VENV) site runs .pytest_cache .mypy_cache .ruff_cache

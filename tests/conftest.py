@@ -14,8 +14,7 @@ CHECKED = [
 ]
 # left out: router (tests give it wrong types on purpose), balance and experts (torch operators)
 CHECKED += [
-    f"hakari.training.{name}"
-    for name in ("batches", "generation", "moe.layer", "moe.health")
+    f"hakari.training.{name}" for name in ("batches", "generation", "moe.layer", "moe.health")
 ]
 install_import_hook(CHECKED, "tests.typechecker.check")
 

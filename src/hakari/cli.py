@@ -217,6 +217,31 @@ def generate(
 
 
 @app.command
+def export(
+    run: Annotated[Path, Parameter(group=RUN)], folder: Annotated[Path, Parameter(group=RUN)], /
+) -> int:
+    """Write a trained model as a Hugging Face folder, which transformers opens.
+
+    Dense models become Llama, sparse ones Phi-MoE (GRIN's own form: norm = "layer", every layer
+    sparse, two experts a token).
+
+    Parameters
+    ----------
+    run: Path
+        Run folder that `hakari train` made; its newest checkpoint is used.
+    folder: Path
+        Folder to make; an existing one must be empty.
+    """
+    from hakari.training.generate_command import open_run
+    from hakari.training.hugging_face import save
+
+    writer = open_run(run)
+    save(writer.model, folder, writer.tokenizer, length=writer.length)
+    print(folder)
+    return 0
+
+
+@app.command
 def demo(*, out: Out = None, json: Json = False) -> int:
     """Each system on real data, from data to one report; needs no download.
 

@@ -73,7 +73,7 @@ def formula(layer, x, load, valid=None, alpha=ALPHA, zeta=0.0):
 
 
 def share(layer) -> torch.Tensor:
-    return layer.ledger.counts / layer.ledger.counts.sum()
+    return layer.ledger.counts.double() / layer.ledger.counts.sum()
 
 
 def apart(one, other) -> float:
@@ -312,3 +312,36 @@ def test_other_routers_have_no_selection_bias():
     layer = sparse(router="gshard")
     assert "selection_bias" not in layer.state_dict()
     adjust_bias(layer, 0.1)
+
+
+def test_a_scale_multiplies_the_injected_gradient() -> None:
+    # as a GradScaler's, or the number of ranks where DDP averages
+    logits = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def gradient(scale: float) -> torch.Tensor:
+        layer = balance.Ledger(3)
+        balance.begin(layer, 6, scale=scale)
+        z = logits.clone().requires_grad_()
+        p = z.softmax(-1)
+        expert = z.argmax(-1, keepdim=True)
+        counts = balance.record(layer, z, p, expert, torch.zeros_like(expert).bool(), None)
+        gate = p.gather(-1, expert)
+        balance.settle(layer)
+        out = balance.inject(gate, z, layer, counts, None, balance=0.1, z_loss=0.0, scope="step")
+        (out.sum() * 0).backward()
+        assert z.grad is not None
+        return z.grad
+
+    once, load = gradient(1.0), torch.bincount(logits.argmax(-1), minlength=3).double() / 6
+    p = logits.softmax(-1)
+    assert torch.allclose(once, 0.1 * 3 * p * (load - (p @ load)[:, None]) / 6, rtol=1e-13)
+    assert torch.allclose(gradient(512.0), 512 * once, rtol=1e-13)
+
+
+def test_without_begin_the_ledger_is_of_the_latest_call() -> None:
+    layer = balance.Ledger(2)
+    z = torch.zeros(4, 2)
+    for _ in range(3):
+        expert = torch.zeros(4, 1, dtype=torch.int64)
+        balance.record(layer, z, z.softmax(-1), expert, expert.bool(), None)
+    assert layer.counts.tolist() == [4, 0]

@@ -16,9 +16,9 @@ from hakari.training.model import Transformer, initialise, summed_loss, tie
 from hakari.training.moe import balance
 from hakari.training.moe.layer import MixtureOfExperts
 from hakari.training.noise import token_keys
-from hakari.training.parallel import keep_stage, make_mesh
+from hakari.training.parallel import alone, keep_stage, make_mesh
 from hakari.training.rotary import angles, rotate
-from hakari.training.step import make_work, prepare, train_step
+from hakari.training.step import make_work, prepare, train_step, validate
 from tests.distributed.ranks import ranks
 from tests.distributed.steps import batch, gradients, table
 
@@ -182,7 +182,7 @@ def test_rotated_products_depend_on_the_distance_alone():
 
 ROTATIONS = {
     r"'yarn': known are default, llama3, longrope": {"rope_type": "yarn"},
-    r"model\.rope_scaling lacks 'low_freq_factor': \{'rope_type'": {"rope_type": "llama3"},
+    r"model\.rope_scaling of type llama3 lacks low_freq_factor, ": {"rope_type": "llama3"},
 }
 
 
@@ -207,6 +207,34 @@ def test_the_loss_is_the_sum_of_surprises_of_known_targets():
     assert summed_loss(logits.bfloat16(), targets).dtype == torch.float32
 
 
+@pytest.mark.parametrize("micro_batch", [0, 3])  # the last of three has two rows
+def test_a_step_has_the_loss_and_gradient_of_the_mean_over_known_targets(micro_batch):
+    changes = {"model__moe__experts": 0, "optimizer__clip": 0, "micro_batch": micro_batch}
+    config = from_dict(table(**changes))
+    with alone():
+        trainer = prepare(config, make_mesh(config.parallel, "cpu"))
+        work = make_work(trainer, batch(), 0)
+        twin = Transformer(config.model).double()
+        twin.load_state_dict(trainer.model.state_dict())
+        outcome = train_step(trainer, work, 0)
+        held = validate(trainer, [batch(0, 2), batch(1, 2)])
+    logits = twin(work.tokens, work.documents)
+    chosen = logits.log_softmax(-1).gather(-1, work.targets.clamp(min=0)[..., None])[..., 0]
+    known = work.targets != -100
+    mean = -chosen[known].mean()
+    mean.backward()
+    assert outcome.tokens == known.sum() == 88
+    assert outcome.loss == pytest.approx(mean.item(), rel=1e-13)
+    for name, parameter in twin.named_parameters():
+        found = trainer.model.get_parameter(name).grad
+        torch.testing.assert_close(found, parameter.grad, rtol=1e-10, atol=1e-14)
+    squares = sum(p.grad.square().sum() for p in twin.parameters())
+    assert outcome.gradient_norm == pytest.approx(squares.sqrt().item(), rel=1e-12)
+    with torch.no_grad():  # after the step
+        after = trainer.model(work.tokens, work.documents, targets=work.targets) / 88
+    assert held == pytest.approx(after.item(), rel=1e-13)
+
+
 def test_balance_and_z_loss_are_the_sum_over_layers_of_their_formulas():
     model = made(moe=replace(SPARSE, layers=(0, 2)), tied=False)
     x, targets, count = tokens(), tokens(1), B * S
@@ -215,7 +243,7 @@ def test_balance_and_z_loss_are_the_sum_over_layers_of_their_formulas():
     balance.settle(model)
     loss.backward()
     injected = {name: p.grad.clone() for name, p in model.named_parameters()}
-    loads = [ledger.counts / ledger.counts.sum() for ledger in balance.ledgers(model)]
+    loads = [ledger.counts.double() / ledger.counts.sum() for ledger in balance.ledgers(model)]
 
     plain = made(moe=replace(SPARSE, layers=(0, 2), balance=0, z_loss=0), tied=False)
     seen = []

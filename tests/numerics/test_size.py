@@ -102,6 +102,14 @@ def test_activations_are_what_autograd_keeps(name):
     assert size(c).activation_bytes == pytest.approx(measured, rel=0.12)
 
 
+def test_routers_of_many_experts_keep_logits_and_weights():
+    c = config({"moe": {"experts": 128, "hidden": 8}})
+    never = dict.fromkeys((2, 4, 8), -1)
+    with patch.object(experts, "CALL", never):  # few rows each: padding would be most of them
+        measured = saved_bytes(c) + around_the_logits(c)
+    assert size(c).activation_bytes == pytest.approx(measured, rel=0.05)
+
+
 def test_experts_of_an_accelerator_keep_what_three_products_need():
     c = CONFIGS["wide experts"]
     with patch.object(experts, "_mlp", lambda *inputs: (experts._composed(*inputs),)):

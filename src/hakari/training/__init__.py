@@ -17,7 +17,7 @@ from hakari.training.moe import balance
 from hakari.training.moe.estimators import ESTIMATORS, Estimator, combine
 from hakari.training.moe.experts import expert_mlp, grouped_matmul
 from hakari.training.moe.health import LayerHealth, examine
-from hakari.training.moe.layer import MixtureOfExperts
+from hakari.training.moe.layer import MixtureOfExperts, adjust_bias
 from hakari.training.moe.router import Routing, route
 from hakari.training.noise import token_keys, uniforms
 from hakari.training.optimizer import clip, gradient_norm, learning_rate, make_optimizer
@@ -48,6 +48,7 @@ __all__ = [
     "Trainer",
     "Transformer",
     "Windows",
+    "adjust_bias",
     "balance",
     "checkpoint",
     "clip",

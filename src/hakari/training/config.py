@@ -89,6 +89,7 @@ class Model:
 
     def __post_init__(self) -> None:
         _at_least("model", self, vocabulary=0, dim=1, layers=1, heads=1, kv_heads=1, hidden=1)
+        _at_least("model", self, window=0, norm_eps=0, initial_std=0)
         if not self.head_dim:
             if self.dim % self.heads:
                 raise ValueError(
@@ -158,6 +159,7 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         _at_least("optimizer", self, learning_rate=0, weight_decay=0, clip=0, warmup=0, final=0)
+        _at_least("optimizer", self, eps=0)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name} = {getattr(self, name)} is not in [0, 1)")
@@ -215,6 +217,11 @@ def load(path: str | Path, changes: Sequence[str] = ()) -> Config:
 
     Raises FileNotFoundError, or ValueError that names the key and the nearest known one.
     """
+    return from_dict(read(path, changes))
+
+
+def read(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """What a TOML file and changes say, and nothing else; raises as `load`."""
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"no configuration file {path}")
@@ -224,7 +231,7 @@ def load(path: str | Path, changes: Sequence[str] = ()) -> Config:
         raise ValueError(f"{path} is not TOML: {error}") from None
     for change in changes:
         _change(table, change)
-    return from_dict(table)
+    return table
 
 
 def from_dict(table: Mapping[str, Any]) -> Config:

@@ -144,7 +144,7 @@ def parallelize(model: Transformer, mesh: DeviceMesh) -> Transformer:
 # --- tensor -------------------------------------------------------------------------------
 
 
-class ExpertParallel(ParallelStyle):
+class ExpertSlices(ParallelStyle):
     """Each rank holds a slice of the width of every expert; `expert_mlp` does the rest."""
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -177,7 +177,7 @@ def _block_plan(block: Block) -> dict[str, ParallelStyle]:
     }
     plan |= {f"attention.{name}": ColwiseParallel() for name in ("query", "key", "value")}
     if isinstance(block.mlp, MixtureOfExperts):
-        return plan | {"mlp": ExpertParallel()}
+        return plan | {"mlp": ExpertSlices()}
     return plan | {
         "mlp": PrepareModuleInput(input_layouts=(whole,), desired_input_layouts=(whole,)),
         "mlp.gate": ColwiseParallel(),

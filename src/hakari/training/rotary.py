@@ -59,6 +59,10 @@ def _frequencies(
 
 def _llama3(plain: Tensor, scaling: dict[str, float]) -> Tensor:
     """Slow components are stretched, fast ones kept, those between blended (Llama 3.1)."""
+    needed = ("low_freq_factor", "high_freq_factor", "factor", "original_max_position_embeddings")
+    lacking = [name for name in needed if name not in scaling]
+    if lacking:
+        raise ValueError(f"model.rope_scaling of type llama3 lacks {', '.join(lacking)}")
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] / (2 * math.pi / plain)
     blend = ((turns - low) / (high - low)).clamp(0, 1)

@@ -17,7 +17,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -113,6 +113,7 @@ def prepare(
     What is there already is not made again. The result appears at once when it is complete; of
     two processes that make the same, the later one throws its own away. A killed one may leave
     a `.KEY-*.partial`, which nothing reads.
+    Where the share of few documents would be none, one is kept.
     Raises what reading text and tokenizers raises; ValueError if a split is left without text.
     """
     plan = _Plan(tuple(sources), column, validation, seed, shard_tokens, unit)
@@ -128,7 +129,14 @@ def prepare(
     try:
         made = given or train(_training(plan, progress), vocabulary)
         save(made, partial)
-        _write_index(partial, _write_tokens(partial, plan, made, progress))
+        try:
+            index = _write_tokens(partial, plan, made, progress)
+        except _NoneKeptError as few:  # of few documents: keep one, as the error says
+            plan = replace(plan, validation=few.share)
+            made = given or train(_training(plan, progress), vocabulary)
+            save(made, partial)
+            index = _write_tokens(partial, plan, made, progress)
+        _write_index(partial, index)
         _publish(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -308,6 +316,8 @@ def _write_tokens(
             shares = sorted([*shares, share])
             shares = [shares[0], shares[-1]]
             number, size = number + 1, size + len(document.text.encode())
+    if plan.validation <= shares[0] < shares[1]:
+        raise _NoneKeptError(_above(*shares))
     if not all(writer.shards for writer in writers.values()):
         raise ValueError(_no_split(plan, number, shares))
     return {
@@ -322,6 +332,14 @@ def _write_tokens(
     }
 
 
+class _NoneKeptError(Exception):
+    """No document fell into the validation split; `share` would keep one."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__(share)
+        self.share = share
+
+
 def _no_split(plan: _Plan, number: int, shares: list[float]) -> str:
     """Why a split is empty, and which share would fill both."""
     low, high = shares
@@ -331,8 +349,6 @@ def _no_split(plan: _Plan, number: int, shares: list[float]) -> str:
             f"{given}, all the same, leaves nothing to divide: give more files, or set "
             "data.documents to part (of a book) or line"
         )
-    if low >= plan.validation:
-        return f"{given} keeps none for validation: {_above(low, high)} would keep one"
     return f"{given} leaves none for training: {_above(low, high)} would keep one for validation"
 
 

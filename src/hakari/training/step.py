@@ -1,18 +1,18 @@
 """One training step: model, optimizer and passes of a configuration, and what is done with them.
 
-trainer = prepare(config, mesh)
-for step in range(steps):
-outcome = train_step(trainer, make_work(trainer, batch, step), step)
+`trainer = prepare(config, mesh)`, then, for each step and batch,
+`train_step(trainer, make_work(trainer, batch, step), step)`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -106,7 +106,7 @@ def train_step(trainer: Trainer, work: Work, step: int) -> Outcome:
     parameters = list(model.parameters())
     norm = gradient_norm(parameters, mesh)
     outcome = Outcome(loss.item(), norm.item(), int(tokens), examine(model, mesh))
-    _refuse(outcome, model, step)
+    _refuse(outcome, trainer, work, step)
     clip(parameters, norm, config.optimizer.clip)
     set_rate(trainer.optimizer, learning_rate(config.optimizer, step, config.steps))
     trainer.optimizer.step()
@@ -154,7 +154,7 @@ def _summed(loss: Tensor, mesh: DeviceMesh) -> Tensor:
     return loss
 
 
-def _refuse(outcome: Outcome, model: Transformer, step: int) -> None:
+def _refuse(outcome: Outcome, trainer: Trainer, work: Work, step: int) -> None:
     for one in outcome.health:
         if not finite(one.peak):
             raise FloatingPointError(
@@ -162,14 +162,41 @@ def _refuse(outcome: Outcome, model: Transformer, step: int) -> None:
                 "optimizer.learning_rate, or raise model.moe.z_loss"
             )
     if not (finite(outcome.loss) and finite(outcome.gradient_norm)):
-        bad = [n for n, p in model.named_parameters() if p.grad is not None and _broken(p.grad)]
-        where = f", first in {bad[0]} on this process" if bad else ""
+        where = _first_broken(trainer, work)
         raise FloatingPointError(
             f"step {step + 1}: loss {outcome.loss}, gradient norm {outcome.gradient_norm}{where}: "
             "lower optimizer.learning_rate or lengthen optimizer.warmup"
         )
 
 
-def _broken(gradient: Tensor) -> bool:
-    local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+def _first_broken(trainer: Trainer, work: Work) -> str:
+    """Where a value stops being finite: a weight, else a module's output in a second forward.
+
+    Every rank takes part, since the forward pass may communicate; each names what it has.
+    """
+    weights = [name for name, p in trainer.model.named_parameters() if _broken(p.detach())]
+    outputs: list[str] = []
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and _broken(output):
+                outputs.append(name)
+
+        return hook
+
+    hooks = [
+        module.register_forward_hook(look(name))
+        for name, module in trainer.model.named_modules()
+        if name.count(".") == 2 or name in ("embed", "norm", "head")
+    ]
+    trainer.passes.evaluate(work)
+    for handle in hooks:
+        handle.remove()
+    if weights:
+        return f", weight {weights[0]} is not finite"
+    return f", first in the output of {outputs[0]}" if outputs else ", in the backward pass"
+
+
+def _broken(tensor: Tensor) -> bool:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return not bool(local.isfinite().all())

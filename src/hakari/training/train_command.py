@@ -5,12 +5,13 @@ config -> process group -> token shards -> sizes, said first -> train -> plots
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from rich.console import Console
 from hakari import run
 from hakari.terminal import INTERRUPTED
 from hakari.training import checkpoint, config, shards
-from hakari.training.config import Config, Model
+from hakari.training.config import Config
 from hakari.training.hardware import pick_device
+from hakari.training.metrics import read
 from hakari.training.moe.health import CollapseError
 from hakari.training.parallel import check, make_mesh, start_processes
 from hakari.training.shards import Tokens
-from hakari.training.sizing import first_line, size
+from hakari.training.sizing import GIB, Size, first_line, free_bytes, size
+from hakari.training.text import STDLIB
 from hakari.training.trainer import train
 
 # what a resumed run may change: how the work is done, not what was learnt or is read
@@ -56,7 +59,9 @@ def answer(file: Path | None, changes: Sequence[str], out: Path | None, resume: 
     """
     if (file is None) == (resume is None):
         raise ValueError("give a TOML file, or --resume RUN to carry a run on, and not both")
-    wanted = config.load(file, changes) if file else _resumed(Path(resume or ""), changes)
+    if resume and out:
+        raise ValueError(f"--resume {resume} goes on in its own folder: leave out --out {out}")
+    wanted = fresh(file, changes) if file else _resumed(Path(resume or ""), changes)
     device = pick_device()
     start_processes(device.type)
     try:
@@ -64,12 +69,14 @@ def answer(file: Path | None, changes: Sequence[str], out: Path | None, resume: 
         try:
             finished = run_training(wanted, folder, device)
         except (FloatingPointError, CollapseError) as error:
-            raise ValueError(f"{error}{_way_on(folder)}") from error
+            again = " (unchanged settings would repeat it)" if checkpoint.whole(folder) else ""
+            raise ValueError(f"{error}{_way_on(folder)}{again}") from error
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"the step is lost{_way_on(folder)}") from None
+            said = _way_on(folder).removeprefix("; ")
+            raise KeyboardInterrupt(said or "nothing was saved") from None
         finally:
-            if dist.get_rank() == 0:
-                run.discard(folder)
+            if dist.get_rank() == 0 and not resume:
+                _forget(folder)
         if dist.get_rank() == 0:
             _close(folder, finished)
         return 0 if finished else INTERRUPTED
@@ -84,10 +91,9 @@ def run_training(wanted: Config, folder: Path, device: torch.device, watch: bool
     """
     _deterministic(wanted)
     mesh = make_mesh(wanted.parallel, device.type)
-    if not checkpoint.whole(folder):
-        wanted = with_start(wanted)
     check(wanted, mesh["data"].size())
-    store = _shards(wanted)
+    resumed = bool(checkpoint.whole(folder))
+    store = _same_shards(wanted, folder) if resumed else _shards(wanted)
     verify = int(os.environ.get("LOCAL_RANK", 0)) == 0
     text, held_out = (shards.open_shards(store, name, verify) for name in SPLITS)
     resolved = with_vocabulary(wanted, text)
@@ -95,46 +101,52 @@ def run_training(wanted: Config, folder: Path, device: torch.device, watch: bool
     found = size(resolved, dist.get_world_size(), device.type)
     if dist.get_rank() == 0:
         print(f"hakari: {first_line(found, resolved, device)}", file=sys.stderr, flush=True)
-        _record(folder, resolved, store, device)
+        _fits(found, resolved, device)
+        run.write_config(folder, config.to_dict(resolved))
+        if not resumed:
+            _record(folder, store, device)
     dist.barrier()
     return train(resolved, folder, text, held_out, mesh, watch)
 
 
-def with_start(wanted: Config) -> Config:
-    """The configuration with the model it starts from, where it names one.
+def fresh(file: Path, changes: Sequence[str] = ()) -> Config:
+    """The configuration of a new run: what the file says, and the model it starts from if any.
 
-    Experts stay as the configuration says where the folder's model is dense: it is upcycled.
-    Of a sparse one, the configuration may change what is not stored in weights.
-    Raises ValueError if a size in the configuration contradicts the folder's.
+    Of that model, what is stored in its weights stays: the configuration may leave it out or say
+    the same. Experts may be asked of a dense one, which is upcycled.
+    Raises ValueError if the file contradicts the folder, and as `config.load`.
     """
-    if not wanted.start:
-        return wanted
-    from hakari.training.hugging_face import read_config
+    table = config.read(file, changes)
+    start = table.get("start")
+    if start:
+        from hakari.training.hugging_face import read_config
 
-    found, said = read_config(wanted.start), wanted.model
-    moe = said.moe
-    if found.moe.experts:
-        moe = _merged(found.moe, said.moe, "model.moe", ("experts", "top_k", "hidden", "layers"))
-    names = tuple(f.name for f in fields(Model) if f.name != "moe")
-    model = replace(_merged(found, said, "model", names), moe=moe)
-    tokenizer = wanted.data.tokenizer or wanted.start
-    return replace(wanted, model=model, data=replace(wanted.data, tokenizer=tokenizer))
+        found = config.to_dict(read_config(start))
+        table["model"] = _onto(found, dict(table.get("model", {})), str(start))
+        table.setdefault("data", {}).setdefault("tokenizer", str(Path(start).absolute()))
+        table["start"] = str(Path(start).absolute())
+    return _absolute(config.from_dict(table))
 
 
-def _merged(found: Any, said: Any, section: str, fixed: Sequence[str]) -> Any:
-    """The folder's values, but for what the configuration says; the fixed ones must agree."""
-    plain, changed = type(said)(), {}
-    for f in fields(said):
-        value, theirs = getattr(said, f.name), getattr(found, f.name)
-        if f.name == "moe" or value in (theirs, getattr(plain, f.name)):
-            continue
-        if f.name in fixed:
-            raise ValueError(
-                f"{section}.{f.name} = {value!r}, but the model it starts from has {theirs!r}: "
-                "leave it out"
-            )
-        changed[f.name] = value
-    return replace(found, **changed)
+def _onto(found: dict[str, Any], said: dict[str, Any], start: str) -> dict[str, Any]:
+    moe, theirs = dict(said.pop("moe", {})), found["moe"]
+    stored = {f"model.{name}": (value, found.get(name, value)) for name, value in said.items()}
+    if theirs["experts"]:
+        fixed = [name for name in ("experts", "top_k", "hidden", "layers") if name in moe]
+        stored |= {f"model.moe.{name}": (moe[name], theirs[name]) for name in fixed}
+        moe = theirs | moe
+    for name, (ours, value) in stored.items():
+        if ours != (list(value) if isinstance(value, tuple) else value):
+            raise ValueError(f"{name} = {ours!r}, but {start} has {value!r}: leave it out")
+    return found | said | {"moe": moe}
+
+
+def _absolute(wanted: Config) -> Config:
+    """Paths that hold wherever the run is carried on from."""
+    data = wanted.data
+    text = tuple(t if t.startswith(STDLIB) else str(Path(t).absolute()) for t in data.text)
+    tokenizer = str(Path(data.tokenizer).absolute()) if data.tokenizer else ""
+    return replace(wanted, data=replace(data, text=text, tokenizer=tokenizer))
 
 
 def with_vocabulary(wanted: Config, text: Tokens) -> Config:
@@ -195,18 +207,39 @@ def _new_run(name: str, out: Path | None) -> Path:
     return Path(str(told[0]))
 
 
-def _record(folder: Path, resolved: Config, store: Path, device: torch.device) -> None:
-    run.write_config(folder, config.to_dict(resolved))
+def _record(folder: Path, store: Path, device: torch.device) -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     facts = {
         "versions": run.versions("torch", "tokenizers", "numpy"),
         "device": name,
         "processes": dist.get_world_size(),
         "tokens": str(store.resolve()),
+        "text": _digest(store),
     }
     (folder / ENVIRONMENT).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(store / name, folder / name)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(store / file, folder / file)
+
+
+def _digest(store: Path) -> str:
+    return hashlib.sha256((store / shards.INDEX).read_bytes()).hexdigest()
+
+
+def _forget(folder: Path) -> None:
+    """Take away a new run's folder in which no step was made."""
+    if not checkpoint.whole(folder) and not read(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fits(found: Size, resolved: Config, device: torch.device) -> None:
+    """Refuse a run that needs far more memory than there is."""
+    free = free_bytes(device)
+    if found.bytes > 1.5 * free:
+        raise ValueError(
+            f"the run needs about {found.bytes / GIB:.1f} GiB a process and {free / GIB:.1f} are "
+            f"free: lower micro_batch ({resolved.micro_batch or resolved.batch}), length "
+            f"({resolved.length}) or the model, set recompute = true, or use more processes"
+        )
 
 
 def _way_on(folder: Path) -> str:
@@ -224,6 +257,23 @@ def _close(folder: Path, finished: bool) -> None:
 
 
 # --- before the steps ---------------------------------------------------------------------
+
+
+def _same_shards(wanted: Config, folder: Path) -> Path:
+    """The shards that a run was trained on; made again from the same text if they are gone.
+
+    Raises ValueError if the text is not what it was: the cursor would point into another one.
+    """
+    facts = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+    store = Path(facts["tokens"])
+    if not (store / shards.INDEX).is_file():
+        store = _shards(wanted)
+    if _digest(store) != facts["text"]:
+        raise ValueError(
+            f"the text in {', '.join(wanted.data.text)} is not what {folder} was trained on, and "
+            f"its token shards are gone from {facts['tokens']}: bring either back"
+        )
+    return store
 
 
 def _shards(wanted: Config) -> Path:

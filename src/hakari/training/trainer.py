@@ -10,7 +10,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -40,10 +40,13 @@ class Cursor:
     step: int = 0
     samples: int = 0
     tokens: int = 0
+    silent: dict[str, int] = field(default_factory=dict)  # steps without a token, by expert
 
     def after(self, samples: int, tokens: int) -> Cursor:
         """One step on."""
-        return Cursor(self.step + 1, self.samples + samples, self.tokens + tokens)
+        return Cursor(
+            self.step + 1, self.samples + samples, self.tokens + tokens, dict(self.silent)
+        )
 
 
 def train(
@@ -88,14 +91,15 @@ def _loop(
     text, held_out = (
         Windows(tokens, config.length, config.seed, config.data.packing) for tokens in texts
     )
-    measure, silent = _meter(trainer), dict[tuple[int, int], int]()
+    measure = _meter(trainer)
     saved = cursor.step
     while cursor.step < config.steps:
         begun = time.perf_counter()
         try:
             outcome = _one(trainer, text, cursor)
             cursor = cursor.after(config.batch, outcome.tokens)
-            said = problems(outcome.health, cursor.step, silent, config.model.moe.dead_steps)
+            dead_steps = config.model.moe.dead_steps
+            said = problems(outcome.health, cursor.step, cursor.silent, dead_steps)
         except (FloatingPointError, CollapseError):  # on all processes alike, so they can save
             if saved < cursor.step:
                 _save(trainer, run, cursor, metrics)

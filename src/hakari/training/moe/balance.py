@@ -71,16 +71,19 @@ def ledgers(model: nn.Module) -> list[Ledger]:
     return [module for module in model.modules() if isinstance(module, Ledger)]
 
 
-def begin(model: nn.Module, tokens: int | Tensor, *, settled: bool = False) -> None:
+def begin(
+    model: nn.Module, tokens: int | Tensor, *, settled: bool = False, scale: float | Tensor = 1.0
+) -> None:
     """Start a step in which `tokens` tokens are routed over all ranks and micro-batches.
 
     settled: keep the load that `settle` found in a pass that only counted.
+    scale: what gradients are multiplied by, if not 1: the scale of a GradScaler; the number of
+    ranks where gradients are averaged over them (DDP) instead of summed.
     """
     for ledger in ledgers(model):
         ledger.clear()
-        ledger.per_token.fill_(1.0 / tokens) if isinstance(tokens, int) else (
-            ledger.per_token.copy_(tokens.double().reciprocal())
-        )
+        count = torch.as_tensor(tokens, device=ledger.per_token.device).double()
+        ledger.per_token.copy_(torch.as_tensor(scale, device=count.device) / count)
         ledger.managed = True
         ledger.ready.fill_(settled)
 
@@ -99,7 +102,7 @@ def settle(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
         dist.all_reduce(counts, group=group)
     for ledger, count in zip(found, counts.split([x.experts for x in found]), strict=True):
         # .data: the backward pass is meant to see the new values
-        ledger.fraction.data.copy_(count / count.sum().clamp(min=1))
+        ledger.fraction.data.copy_(count.double() / count.sum().clamp(min=1))
         ledger.ready.data.fill_(True)
 
 
@@ -123,7 +126,7 @@ def inject(
     if not balance and not z_loss:
         return gate
     own = scope == "rank" or not ledger.managed
-    load = counts / counts.sum().clamp(min=1) if own else ledger.fraction
+    load = counts.double() / counts.sum().clamp(min=1) if own else ledger.fraction
     tokens = torch.tensor(len(logits)) if valid is None else valid.sum()
     each = ledger.per_token if ledger.managed else tokens.clamp(min=1).double().reciprocal()
     ready = None if own else ledger.ready
@@ -140,6 +143,8 @@ def record(
     valid: Bool[Tensor, " T"] | None,
 ) -> Int64[Tensor, " E"]:
     """Add one call of the router to the ledger, unless it only recomputes; returns its counts."""
+    if not ledger.managed:
+        ledger.clear()  # without `begin`, the ledger is of the latest call
     one = torch.ones_like(expert) if valid is None else valid[:, None].expand_as(expert).long()
     counts = torch.zeros_like(ledger.counts).scatter_add_(0, expert.flatten(), one.flatten())
     weight = one[:, 0].to(probability.dtype)

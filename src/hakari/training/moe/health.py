@@ -51,19 +51,22 @@ def examine(model: nn.Module, mesh: DeviceMesh | None = None) -> list[LayerHealt
 
 
 def problems(
-    health: list[LayerHealth], step: int, silent: dict[tuple[int, int], int], dead_steps: int
+    health: list[LayerHealth], step: int, silent: dict[str, int], dead_steps: int
 ) -> list[str]:
     """Warnings in words; raises CollapseError naming layer and step if a layer is lost.
 
-    silent: steps since each (layer, expert) last got a token; updated here. dead_steps: how many
-    end the run; 0 never.
+    silent: steps since an expert, named "layer.expert", got a token, if it got none in the last;
+    updated here. dead_steps: how many end the run; 0 never.
     """
     warnings = []
     for one in health:
         for expert, tokens in enumerate(one.load):
-            key = (one.layer, expert)
-            silent[key] = 0 if tokens else silent.get(key, 0) + 1
-        dead = [e for e in range(len(one.load)) if silent[(one.layer, e)] >= max(dead_steps, 1)]
+            name = f"{one.layer}.{expert}"
+            silent[name] = 0 if tokens else silent.get(name, 0) + 1
+            if tokens:
+                del silent[name]
+        last = [silent.get(f"{one.layer}.{e}", 0) for e in range(len(one.load))]
+        dead = [e for e, steps in enumerate(last) if steps >= max(dead_steps, 1)]
         if dead and dead_steps:
             raise CollapseError(
                 f"step {step}: layer {one.layer} has collapsed: no token reached expert "

@@ -59,6 +59,11 @@ class MixtureOfExperts(nn.Module):
         noise: keys from `noise.token_keys`; None, or evaluation mode: experts by argmax.
         valid: false where a token is padding, which is routed but not counted.
         """
+        if x.ndim != 3 or x.shape[2] != self.router.in_features:
+            raise ValueError(f"x is {[*x.shape]}: [B, S, {self.router.in_features}] is needed")
+        for name, given in (("noise", noise), ("valid", valid)):
+            if given is not None and given.shape != x.shape[:2]:
+                raise ValueError(f"{name} is {[*given.shape]}: {[*x.shape[:2]]} is needed")
         flat = x.flatten(0, 1)
         sampling = noise.flatten() if noise is not None and self.training else None
         routing = self._route(flat, sampling, None if valid is None else valid.flatten())
