@@ -32,3 +32,15 @@ def test_scale_figures_are_the_committed_run():
     assert f"{ours['rows_per_second'] / 1e6:.1f} million rows a second" in text
     assert f"in {ours['peak_mib']:.0f} MiB" in text
     assert f"`X.T @ X` of the regressors {measured['gram']['seconds']:.2f} s" in text
+
+
+def test_router_table_is_the_committed_run():
+    arms = json.loads((ROOT / "benchmarks" / "results" / "routers.json").read_text())["arms"]
+    for name, found in arms.items():
+        label = "| dense |" if name == "dense" else f"| `{name}` |"
+        row = next(line for line in README.splitlines() if line.startswith(label))
+        assert f"| {found['validation_loss']:.3f} ({found['spread']:.3f}) |" in row
+        assert f"{found['parameters'] / 1e6:.2f} M, {found['active'] / 1e6:.2f} M" in row
+        if name != "dense":
+            assert f"| {found['less_dense']:.3f} |" in row
+            assert f"| {found['smallest_load']:.2f} to {found['largest_load']:.2f} |" in row
