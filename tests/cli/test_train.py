@@ -25,8 +25,6 @@ from hakari.training.metrics import read
 
 from .conftest import HAKARI
 
-pytestmark = pytest.mark.xdist_group("train")
-
 torch.set_num_threads(1)
 
 CONFIG = """

@@ -18,8 +18,6 @@ from hakari.training.step import Trainer, make_work, prepare, train_step
 from tests.distributed.ranks import ranks
 from tests.distributed.steps import batch, table, whole
 
-pytestmark = pytest.mark.xdist_group("gloo")
-
 torch.set_num_threads(1)
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -14,8 +14,6 @@ from hakari.training.moe import balance
 from tests.distributed.ranks import ranks
 from tests.distributed.steps import Seen, steps
 
-pytestmark = pytest.mark.xdist_group("gloo")
-
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {"model__moe__experts": 0},
     "grin": {},

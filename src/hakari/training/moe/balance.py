@@ -143,8 +143,9 @@ def record(
     valid: Bool[Tensor, " T"] | None,
 ) -> Int64[Tensor, " E"]:
     """Add one call of the router to the ledger, unless it only recomputes; returns its counts."""
-    if not ledger.managed:
-        ledger.clear()  # without `begin`, the ledger is of the latest call
+    if not ledger.managed:  # without `begin`, the ledger is of the latest call
+        for book in (ledger.counts, ledger.chance, ledger.facts, ledger.peak):
+            book.copy_(torch.where(ledger.repeated.bool(), book, torch.zeros_like(book)))
     one = torch.ones_like(expert) if valid is None else valid[:, None].expand_as(expert).long()
     counts = torch.zeros_like(ledger.counts).scatter_add_(0, expert.flatten(), one.flatten())
     weight = one[:, 0].to(probability.dtype)
