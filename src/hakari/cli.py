@@ -271,8 +271,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(_complain(f'{error.name} is not installed: pip install "hakari[{_extra(error)}]"'))
     except (ValueError, TypeError, OSError) as error:
         sys.exit(_complain(str(error)))
-    except KeyboardInterrupt as error:
-        _complain(f"interrupted; {str(error) or 'nothing was written'}")
+    except KeyboardInterrupt:
+        _complain("interrupted; nothing was written")
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
 

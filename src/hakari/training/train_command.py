@@ -72,8 +72,9 @@ def answer(file: Path | None, changes: Sequence[str], out: Path | None, resume: 
             again = " (unchanged settings would repeat it)" if checkpoint.whole(folder) else ""
             raise ValueError(f"{error}{_way_on(folder)}{again}") from error
         except KeyboardInterrupt:
-            said = _way_on(folder).removeprefix("; ")
-            raise KeyboardInterrupt(said or "nothing was saved") from None
+            said = _way_on(folder) or "; nothing was saved"
+            print(f"hakari: interrupted{said}", file=sys.stderr)
+            return INTERRUPTED
         finally:
             if dist.get_rank() == 0 and not resume:
                 _forget(folder)
