@@ -44,3 +44,20 @@ def test_router_table_is_the_committed_run():
         if name != "dense":
             assert f"| {found['less_dense']:.3f} |" in row
             assert f"| {found['smallest_load']:.2f} to {found['largest_load']:.2f} |" in row
+
+
+def test_layer_table_is_the_committed_run():
+    report = json.loads((ROOT / "benchmarks" / "results" / "moe.json").read_text())
+    for case in (case for case in report["layer"] if case["load"] == "even"):
+        label = f"| {case['E']}, {case['dtype']} |"
+        row = next(line for line in README.splitlines() if line.startswith(label))
+        found = case["layers"]
+        assert f"| {found['hakari']['ms']:.1f} |" in row
+        assert f"| {found['dense']['ratio']:.2f} |" in row
+        assert f"| {found['unbind loop']['ratio']:.2f} |" in row
+        assert f"| {found['transformers eager']['ratio']:.1f} |" in row
+        assert f"| {found['transformers grouped_mm']['ratio']:.2f} |" in row
+    text = " ".join(README.split())
+    steps = {(case["E"], case["dtype"]): case["step"]["dense"]["ratio"] for case in report["model"]}
+    assert f"{steps[8, 'float32']:.2f} of its tokens per second at E = 8 in float32" in text
+    assert f"and {steps[8, 'bfloat16']:.2f} in bfloat16" in text
