@@ -73,7 +73,6 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     """
     tensors = _tensors(model, optimizer)
     _read(folder, tensors)
-    _set_steps(optimizer, tensors)
     return progress(folder)
 
 
@@ -126,11 +125,3 @@ def _read(folder: Path, tensors: dict[str, Tensor]) -> None:
     dcp.load(  # type: ignore[attr-defined]
         tensors, storage_reader=reader
     )
-
-
-def _set_steps(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Counters of steps that get_state_dict copied rather than shared."""
-    steps = [float(v) for k, v in tensors.items() if k.endswith(".step")]
-    for state in optimizer.state.values():
-        if steps and "step" in state:
-            state["step"].fill_(max(steps))

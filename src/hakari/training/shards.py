@@ -127,16 +127,10 @@ def prepare(
     partial = target.with_name(f".{key}-{os.getpid()}-{secrets.token_hex(4)}.partial")
     partial.mkdir(parents=True)
     try:
-        made = given or train(_training(plan, progress), vocabulary)
-        save(made, partial)
         try:
-            index = _write_tokens(partial, plan, made, progress)
-        except _NoneKeptError as few:  # of few documents: keep one, as the error says
-            plan = replace(plan, validation=few.share)
-            made = given or train(_training(plan, progress), vocabulary)
-            save(made, partial)
-            index = _write_tokens(partial, plan, made, progress)
-        _write_index(partial, index)
+            _fill(partial, plan, given, vocabulary, progress)
+        except _NoneKeptError as few:  # of few documents
+            _fill(partial, replace(plan, validation=few.share), given, vocabulary, progress)
         _publish(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -293,6 +287,14 @@ class _Writer:
 
     def _path(self) -> Path:
         return self.folder / f"{self.split}-{len(self.shards):05}.bin"
+
+
+def _fill(
+    folder: Path, plan: _Plan, given: Tokenizer | None, vocabulary: int, progress: Progress
+) -> None:
+    made = given or train(_training(plan, progress), vocabulary)
+    save(made, folder)
+    _write_index(folder, _write_tokens(folder, plan, made, progress))
 
 
 def _write_tokens(

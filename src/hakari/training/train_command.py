@@ -102,7 +102,8 @@ def run_training(wanted: Config, folder: Path, device: torch.device, watch: bool
     found = size(resolved, dist.get_world_size(), device.type)
     if dist.get_rank() == 0:
         print(f"hakari: {first_line(found, resolved, device)}", file=sys.stderr, flush=True)
-        _fits(found, resolved, device)
+    _fits(found, resolved, device)  # on every process, so that none waits for one that refused
+    if dist.get_rank() == 0:
         run.write_config(folder, config.to_dict(resolved))
         if not resumed:
             _record(folder, store, device)
@@ -267,7 +268,9 @@ def _same_shards(wanted: Config, folder: Path) -> Path:
     """
     facts = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
     store = Path(facts["tokens"])
-    if not (store / shards.INDEX).is_file():
+    there = [(store / shards.INDEX).is_file()]
+    dist.broadcast_object_list(there)  # one process looks: another may be making them by then
+    if not there[0]:
         store = _shards(wanted)
     if _digest(store) != facts["text"]:
         raise ValueError(
