@@ -17,7 +17,7 @@ app = App(
     version=__version__,
     help="""Weigh evidence without a likelihood: posteriors from moment conditions.
 
-Start with `hakari demo`, then try `hakari iv --help` on your own data.""",
+Start with `hakari demo`, then try `hakari iv --help` or `hakari lp --help` on your own data.""",
     help_format="markdown",
     suppress_keyboard_interrupt=False,
 )
@@ -34,6 +34,15 @@ PRIOR = Group.create_ordered(
 SAMPLER = Group.create_ordered(
     "Sampler", help="For example: --draws 20000 --chains 8 --seed 7 --method preconditioned"
 )
+PROJECTION = Group.create_ordered(
+    "Projection",
+    help="For example: hakari lp --data gk.csv --time year month --response logip ebp --shock gs1 "
+    "--instrument ff4_tc --lags 12 --horizons 48",
+)
+PATHS = Group.create_ordered(
+    "Prior and form of the posterior of responses",
+    help="For example: --prior 'roughness(order=2, smoothness=gcv)' --prior 'ebp=flat' --calibrate",
+)
 OUTPUT = Group.create_ordered(
     "Output", help="For example: --out runs/schooling --json > answer.json"
 )
@@ -42,6 +51,11 @@ RUN = Group.create_ordered("Run", help="For example: hakari train examples/moe_t
 
 Method = Literal["auto", "mh", "da", "da-exact", "da-approx", "independence", "preconditioned"]
 Out = Annotated[Path | None, Parameter(group=OUTPUT)]
+Columns = Annotated[
+    tuple[str, ...],
+    Parameter(group=PROJECTION, negative="", consume_multiple=True, show_default=False),
+]
+Band = Literal["pointwise", "sup-t", "quantile", "bonferroni", "sidak", "highest-density"]
 Json = Annotated[bool, Parameter(name="--json", negative="", group=OUTPUT)]
 
 TRAINING = {"safetensors", "tensorboard", "tokenizers", "torch"}  # modules of that extra alone
@@ -138,6 +152,151 @@ def iv(
         level,
     )
     return answer(question, out, resume, json)
+
+
+@app.command
+def lp(
+    *,
+    data: Annotated[Path, Parameter(group=PROJECTION)],
+    response: Columns,
+    shock: Columns,
+    instrument: Columns = (),
+    control: Columns = (),
+    lags: Annotated[int, Parameter(group=PROJECTION)] = 4,
+    horizons: Annotated[int, Parameter(group=PROJECTION)] = 20,
+    time: Columns = (),
+    unit: Annotated[str | None, Parameter(group=PROJECTION)] = None,
+    cumulative: Annotated[bool, Parameter(group=PROJECTION, negative="")] = False,
+    trend: Annotated[Literal["n", "c", "ct", "ctt"], Parameter(group=PROJECTION)] = "c",
+    sample: Annotated[Literal["common", "available"], Parameter(group=PROJECTION)] = "common",
+    augment: Annotated[bool, Parameter(group=PROJECTION, negative="")] = False,
+    shock_lags: Annotated[int | None, Parameter(group=PROJECTION)] = None,
+    state: Annotated[str | None, Parameter(group=PROJECTION)] = None,
+    effects: Annotated[Literal["unit", "unit+time", "none"], Parameter(group=PROJECTION)] = "unit",
+    prior: Annotated[
+        tuple[str, ...],
+        Parameter(group=PATHS, negative="", consume_multiple=True, show_default=False),
+    ] = (),
+    covariance: Annotated[str, Parameter(group=PATHS, show_default=False)] = "",
+    weighting: Annotated[Literal["frozen", "continuous"], Parameter(group=PATHS)] = "frozen",
+    shrinkage: Annotated[Literal["none", "ledoit-wolf"], Parameter(group=PATHS)] = "none",
+    calibrate: Annotated[bool, Parameter(group=PATHS)] = False,
+    draws: Annotated[int, Parameter(group=SAMPLER)] = 2000,
+    chains: Annotated[int, Parameter(group=SAMPLER)] = 4,
+    seed: Annotated[int, Parameter(group=SAMPLER)] = 1,
+    level: Annotated[float, Parameter(group=OUTPUT)] = 0.9,
+    band: Annotated[Band, Parameter(group=OUTPUT)] = "sup-t",
+    scale: Annotated[str, Parameter(group=OUTPUT)] = "1",
+    out: Out = None,
+    json: Json = False,
+) -> int:
+    """Impulse responses by local projections, with instruments and priors, in a report.
+
+    Reads a table of time series or a panel, projects every response on the shock at every
+    horizon, draws from the joint quasi-posterior of all horizons, and writes a run folder:
+    irf.csv, figures, posterior.nc. The last line printed is the path of its report.html.
+
+    Parameters
+    ----------
+    data: Path
+        CSV (.csv, .csv.gz) or Parquet file, rows in order of time.
+    response: tuple
+        One or several columns: --response logip ebp.
+    shock: tuple
+        Columns of the shock or policy variable.
+    instrument: tuple
+        Columns that replace the shock in the moments (LP-IV).
+    control: tuple
+        Columns whose lags enter, or terms as they enter: 'l(cpi, 0)', 'l(x, 1:4)', 'f(x, 1)'.
+        Lags of responses and shocks always enter.
+    lags: int
+        Of each of those; count one more than the dynamics need, or add --augment.
+    horizons: int
+        Responses at 0, 1, ..., this many periods.
+    time: tuple
+        Column of dates, or two: --time year month. Without it, rows are consecutive periods.
+    unit: str
+        Column of a panel's units.
+    cumulative: bool
+        Respond by the sum since the shock.
+    trend: str
+        n (none), c (constant), ct or ctt (with its powers).
+    sample: str
+        Rows common to all horizons, or those available at each.
+    augment: bool
+        One lag more, so that scores are uncorrelated over time (lag augmentation).
+    shock_lags: int
+        Lags of the shock alone; 0 where it is an innovation.
+    state: str
+        Column of zeros and ones, or 'l(COLUMN, 1)': responses by regime.
+    effects: str
+        Of a panel: unit, unit+time or none.
+    prior: tuple
+        Repeatable. roughness (the default: differences of order 2 shrunk, their scale
+        half-Cauchy), process (Matérn), normal(MEAN, SD), flat; with options as in
+        'roughness(order=2, smoothness=gcv)', or on one response: 'ebp=flat'. Responses that none
+        names have the default.
+    covariance: str
+        Over horizons: hc3 (the default for one series), hc0, hc1, hac, hac:BANDWIDTH; in
+        panels cluster (the default) or driscoll-kraay.
+    weighting: str
+        frozen at the estimate, or continuous (updated with the responses).
+    shrinkage: str
+        ledoit-wolf shrinks the correlation of the estimates towards none.
+    calibrate: bool
+        Widen the posterior until its joint bands cover in bootstrap samples.
+    draws: int
+        Kept draws of each chain.
+    chains: int
+        Independent chains.
+    seed: int
+        Of all randomness, recorded in the run folder; the same seed gives the same numbers.
+    level: float
+        Probability of the bands and of the Anderson-Rubin sets.
+    band: str
+        Kind of the joint band.
+    scale: str
+        Size of the shock: a number in its units, or sd, one standard deviation of what the
+        controls do not predict.
+    out: Path
+        Run folder to make; an existing one must be empty. Without it, a free name in runs/.
+    json: bool
+        Print one JSON object and nothing else on stdout (null: not available or unbounded);
+        the run folder is written as well.
+    """
+    from hakari.inference.lp_command import answer
+    from hakari.inference.lp_study import Study
+
+    study = Study(
+        data,
+        response,
+        shock,
+        instrument,
+        control,
+        lags,
+        horizons,
+        time,
+        unit,
+        cumulative,
+        trend,
+        sample,
+        augment,
+        shock_lags,
+        state,
+        effects,
+        prior,
+        covariance,
+        weighting,
+        shrinkage,
+        calibrate,
+        level,
+        band,
+        scale,
+        draws,
+        chains,
+        seed,
+    )
+    return answer(study, out, json)
 
 
 @app.command
@@ -245,7 +404,8 @@ def export(
 def demo(*, out: Out = None, json: Json = False) -> int:
     """Each system on real data, from data to one report; needs no download.
 
-    Returns to schooling (Card, 1995), with one instrument and with two.
+    Returns to schooling (Card, 1995), with one instrument and with two; what a rise of the
+    interest rate does to output, prices and unemployment; training of a small language model.
 
     Parameters
     ----------

@@ -4,11 +4,16 @@ from hakari.inference.anderson_rubin import anderson_rubin
 from hakari.inference.covariance import Covariance, parse_covariance
 from hakari.inference.diagnostics import convergence_notes, multivariate_ess, summary
 from hakari.inference.gmm import estimate
+from hakari.inference.horseshoe import Horseshoe
 from hakari.inference.identification import tail
+from hakari.inference.impulse_response import ImpulseResponse
 from hakari.inference.instruments import first_stage
+from hakari.inference.local_projections import LocalProjection
 from hakari.inference.moments import LinearMoments
+from hakari.inference.path_prior import GaussianProcess, RoughnessPenalty
 from hakari.inference.posterior import QuasiPosterior
 from hakari.inference.prior import Flat, Normal, StudentT
+from hakari.inference.projection_posterior import ProjectionPosterior
 from hakari.inference.result import load, save
 from hakari.inference.risks import expectile_moments, ridge_moments
 from hakari.inference.sampling import sample
@@ -17,9 +22,15 @@ from hakari.inference.weak_prior import weak_prior
 __all__ = [
     "Covariance",
     "Flat",
+    "GaussianProcess",
+    "Horseshoe",
+    "ImpulseResponse",
     "LinearMoments",
+    "LocalProjection",
     "Normal",
+    "ProjectionPosterior",
     "QuasiPosterior",
+    "RoughnessPenalty",
     "StudentT",
     "anderson_rubin",
     "convergence_notes",

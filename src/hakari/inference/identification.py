@@ -17,7 +17,7 @@ from hakari.inference.density import log_density_batch
 from hakari.inference.posterior import QuasiPosterior
 
 BARRIER = 15.0  # log units: a million draws do not see what lies behind
-_RADII = np.logspace(-1, 6, 57)
+RADII = np.logspace(-1, 6, 57)
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ def tail(posterior: QuasiPosterior) -> Tail:
     names, endogenous = posterior.moments.names.parameters, posterior.moments.names.endogenous
     worst: Tail | None = None
     rays = _directions(white.factor)
-    points = np.concatenate([_RADII[:, None] * d for d in rays])
+    points = np.concatenate([RADII[:, None] * d for d in rays])
     densities = log_density_batch(target, points).reshape(len(rays), -1)
     for d, density in zip(rays, densities, strict=True):
-        mass = density + len(d) * np.log(_RADII)
-        found = _read(mass, 4 + 4 * np.sqrt(len(d)))
+        mass = density + len(d) * np.log(RADII)
+        found = shell_barrier(mass, 4 + 4 * np.sqrt(len(d)))
         if worst is None or found < (worst.barrier, -worst.decay, worst.depth):
             ray = white.factor @ d
             share = np.abs(ray) / np.sqrt((white.factor**2).sum(axis=1))
@@ -104,15 +104,15 @@ def _named(share: Float[ndarray, " K"], names: tuple[str, ...], endogenous: tupl
     return max(weak, key=lambda k: share[k]) if weak else int(share.argmax())
 
 
-def _read(mass: Float[ndarray, " S"], inside: float) -> tuple[float, float, float]:
-    """(barrier, −decay, depth) of log shell masses on `_RADII`; the mode's shell is `inside`."""
-    span = np.log(_RADII[-1] / _RADII[-5])
+def shell_barrier(mass: Float[ndarray, " S"], inside: float) -> tuple[float, float, float]:
+    """(barrier, −decay, depth) of log shell masses on `RADII`; the mode's shell is `inside`."""
+    span = np.log(RADII[-1] / RADII[-5])
     decay = float((mass[-1] - mass[-5]) / span) if np.isfinite(mass[-1]) else -np.inf
-    near = int(mass[inside > _RADII].argmax())
+    near = int(mass[inside > RADII].argmax())
     peak = mass[near]
     if near == 0 or not np.isfinite(peak):
         return 0.0, -decay, 0.0
-    depth = float(peak - mass[_RADII > 100].max())
+    depth = float(peak - mass[RADII > 100].max())
     if decay <= -0.05:
         return np.inf, -decay, depth
     return float(peak - mass[near:].min()), -decay, depth

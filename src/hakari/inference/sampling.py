@@ -24,16 +24,24 @@ from hakari.inference.density import Target, evaluate
 from hakari.inference.identification import refuse_improper
 from hakari.inference.kernels.independence import Reference
 from hakari.inference.posterior import QuasiPosterior
+from hakari.inference.projection_posterior import ProjectionPosterior
+from hakari.inference.projection_sampling import METHODS as PROJECTION_METHODS
+from hakari.inference.projection_sampling import Chain, PathDraws, begin
+from hakari.inference.projection_sampling import advance as step
 from hakari.inference.result import Draws, Plan, read_positions, to_datatree
 
-Method = Literal["auto", "mh", "da", "da-exact", "da-approx", "independence", "preconditioned"]
+Method = Literal[
+    "auto", "mh", "da", "da-exact", "da-approx", "independence", "preconditioned", "concentrated",
+    "gibbs",
+]  # fmt: skip
 METHODS = ("auto", "mh", "da", "da-exact", "da-approx", "independence", "preconditioned")
 MIX = 0.05  # share of random-walk steps that keeps da-exact and da-approx ergodic
+PROJECTION_BLOCK = 1000  # draws of local projections at a time
 SUB_BLOCK = 4096  # proposals evaluated at a time: features and covariances stay in cache
 
 
 def sample(
-    posterior: QuasiPosterior,
+    posterior: QuasiPosterior | ProjectionPosterior,
     method: Method = "auto",
     draws: int = 2000,
     chains: int = 4,
@@ -66,8 +74,10 @@ def sample(
     (2, 100, 2)
     """
     began = time.perf_counter()
+    if isinstance(posterior, ProjectionPosterior):
+        return _sample_projection(posterior, method, draws, chains, seed, warmup, progress, resume)
     _check(posterior, method, draws, chains, seed, warmup)
-    seed = int(SeedSequence().entropy) % 2**63 if seed is None else seed  # type: ignore[arg-type]
+    seed = _seeded(seed)
     with threadpool_limits(1, user_api="blas"):  # small matrices; and sums in one order
         worst = refuse_improper(posterior)
         target = posterior.whitened.target
@@ -95,6 +105,67 @@ def sample(
     return to_datatree(posterior, plan, groups, kept, settings | times, interrupted)
 
 
+def _sample_projection(
+    posterior: ProjectionPosterior,
+    method: str,
+    draws: int,
+    chains: int,
+    seed: int | None,
+    warmup: int | None,
+    progress: bool,
+    resume: xr.DataTree | None,
+) -> xr.DataTree:
+    """As `sample`, of local projections, whose own kernels take blocks of draws at a time."""
+    from hakari.inference.projection_result import to_datatree as projection_tree
+
+    _check_numbers(draws, chains, seed, warmup)
+    if method not in PROJECTION_METHODS:
+        raise ValueError(
+            f"method {method!r} is unknown: local projections have "
+            f"{', '.join(PROJECTION_METHODS)}; other kernels sample "
+            "QuasiPosterior(lp.moments(RESPONSE))"
+        )
+    if resume is not None:
+        raise ValueError("resume: draws of local projections are not continued; ask for more draws")
+    method, seed = "concentrated" if method == "auto" else method, _seeded(seed)
+    roots = SeedSequence(seed).spawn(chains + 1)
+    length, began = 2000 if warmup is None else warmup, time.perf_counter()
+    with threadpool_limits(1, user_api="blas"):
+        started = [begin(posterior, method, _streams(root), length) for root in roots[:-1]]
+        warm = time.perf_counter()
+        kept, interrupted = _rounds(posterior, method, started, draws, progress)
+        settings = {
+            "seed": seed,
+            "draws": draws,
+            "chains": chains,
+            "warmup_seconds": warm - began,
+            "sampling_seconds": time.perf_counter() - warm,
+        }
+        prior = default_rng(roots[-1])
+        return projection_tree(posterior, method, kept, prior, settings, interrupted)
+
+
+def _rounds(
+    posterior: ProjectionPosterior, method: str, started: list[Chain], draws: int, progress: bool
+) -> tuple[list[PathDraws], bool]:
+    """All chains in rounds of blocks; Ctrl-C drops the round it falls into."""
+    kept: list[PathDraws] = []
+    with _bar(progress, draws, method) as tick:
+        try:
+            for done in range(0, draws, PROJECTION_BLOCK):
+                size = min(PROJECTION_BLOCK, draws - done)
+                moved = [step(posterior, method, chain, size) for chain in started]
+                started = [chain for chain, _ in moved]
+                new = [found for _, found in moved]
+                kept = [a.followed_by(b) for a, b in zip(kept, new, strict=True)] if kept else new
+                tick(size)
+        except KeyboardInterrupt:
+            if not kept:
+                raise
+            return kept, True
+    return kept, False
+
+
 # --- choosing -----------------------------------------------------------------------------
 
 
@@ -108,6 +179,24 @@ def _check(
 ) -> None:
     if method not in METHODS:
         raise ValueError(f"method {method!r} is unknown: use one of {', '.join(METHODS)}")
+    _check_numbers(draws, chains, seed, warmup)
+    if method == "da-exact" and any(np.isfinite(b.df) for b in posterior.blocks):
+        raise ValueError(
+            "da-exact proposes from a Gaussian conditional and cannot take a Student prior: "
+            "use method='da-approx' or 'auto', or a Normal prior"
+        )
+
+
+def generator(seed: int, purpose: str) -> Generator:
+    """The stream of a seed for a purpose outside chains, such as a bootstrap."""
+    return default_rng(SeedSequence([seed, *purpose.encode()]))
+
+
+def _seeded(seed: int | None) -> int:
+    return int(SeedSequence().entropy) % 2**63 if seed is None else seed  # type: ignore[arg-type]
+
+
+def _check_numbers(draws: int, chains: int, seed: int | None, warmup: int | None) -> None:
     for name, value, least in (
         ("draws", draws, 1),
         ("chains", chains, 1),
@@ -116,11 +205,6 @@ def _check(
     ):
         if not isinstance(value, int | np.integer) or value < least:
             raise ValueError(f"{name} {value!r}: a whole number of at least {least} is needed")
-    if method == "da-exact" and any(np.isfinite(b.df) for b in posterior.blocks):
-        raise ValueError(
-            "da-exact proposes from a Gaussian conditional and cannot take a Student prior: "
-            "use method='da-approx' or 'auto', or a Normal prior"
-        )
 
 
 def _plan(target: Target, method: str, generator: Generator) -> Plan:
@@ -233,7 +317,10 @@ def _draw(
     done, interrupted = 0, False
     block = min(draws, 2000)
     jobs = _workers(len(groups))
-    with _bar(progress, draws, plan) as tick, joblib.Parallel(jobs, prefer="threads") as pool:
+    with (
+        _bar(progress, draws, plan.method) as tick,
+        joblib.Parallel(jobs, prefer="threads") as pool,
+    ):
         try:
             while done < draws:
                 size = min(block, draws - done)
@@ -361,7 +448,7 @@ def _workers(groups: int) -> int:
 
 
 @contextmanager
-def _bar(progress: bool, draws: int, plan: Plan) -> Iterator[Callable[[int], Any]]:
+def _bar(progress: bool, draws: int, method: str) -> Iterator[Callable[[int], Any]]:
     if not progress:
         yield lambda size: None
         return
@@ -369,8 +456,8 @@ def _bar(progress: bool, draws: int, plan: Plan) -> Iterator[Callable[[int], Any
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"sampling ({plan.method})", total=draws)
+        task = bar.add_task(f"sampling ({method})", total=draws)
         yield lambda size: bar.advance(task, size)
 
 
-__all__ = ["METHODS", "Group", "Method", "advance", "sample"]
+__all__ = ["METHODS", "Group", "Method", "advance", "generator", "sample"]

@@ -1,0 +1,159 @@
+"""Controls concentrated out of linear moments, exactly: Frisch, Waugh and Lovell.
+
+With regressors (s, c) and instruments (z, c), partialling c out of y, s and z leaves the moments
+z̃_t (ỹ_{t,h} − β_h's̃_t). Marginalising γ in the quasi-posterior of the stacked system with
+frozen weighting gives the quasi-posterior of β from these moments: local-projections.md
+'Concentrating out the controls'. More instruments than shocks are combined by the first stage,
+as two-stage least squares does, so that the system stays just identified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy import ndarray
+
+from hakari.inference.design import refuse_collinear
+
+EXPLAINED = 1e-9  # a shock whose unexplained share is smaller is a function of the controls
+
+
+@dataclass(frozen=True)
+class Concentrated:
+    """Partialled columns of n rows: y (n, Q), s (n, S), z (n, S); `every` (n, M) instruments.
+
+    leverage (n,): of controls and z together, in [0, 1].
+    """
+
+    y: Float[ndarray, "n Q"]
+    s: Float[ndarray, "n S"]
+    z: Float[ndarray, "n S"]
+    every: Float[ndarray, "n M"]
+    leverage: Float[ndarray, " n"]
+
+    @cached_property
+    def weight(self) -> Float[ndarray, "n S"]:
+        """Rows of (z's)⁻¹ z': the estimate is their product with y."""
+        return np.asarray(np.linalg.solve(self.z.T @ self.s, self.z.T).T)
+
+    @cached_property
+    def estimate(self) -> Float[ndarray, "S Q"]:
+        """β̂: ordinary or two-stage least squares."""
+        return np.asarray(self.weight.T @ self.y)
+
+    @cached_property
+    def residual(self) -> Float[ndarray, "n Q"]:
+        """ỹ − s̃'β̂."""
+        return np.asarray(self.y - self.s @ self.estimate)
+
+    @cached_property
+    def influence(self) -> Float[ndarray, "n S Q"]:
+        """What each row adds to β̂ − β: (z's)⁻¹ z_t u_t."""
+        return np.asarray(self.weight[:, :, None] * self.residual[:, None, :])
+
+
+def concentrate(
+    y: Float[ndarray, "n Q"],
+    s: Float[ndarray, "n S"],
+    z: Float[ndarray, "n M"] | None,
+    c: Float[ndarray, "n K"],
+    unit: Int[ndarray, " n"] | None = None,
+) -> Concentrated:
+    """Partial the controls, and effects of units, out of outcomes, shocks and instruments.
+
+    z: None where the shocks are their own instruments. Columns must be independent; see
+    `refuse_dependent`.
+    """
+    every = s if z is None else z
+    leverage = np.zeros(len(y))
+    if unit is not None:
+        counts = np.bincount(unit)
+        leverage += 1 / counts[unit]
+        y, s, every = (_within(p, unit, counts) for p in (y, s, every))
+        c = _within(c, unit, counts)
+    if c.shape[1]:
+        q, _ = np.linalg.qr(c)
+        leverage += (q**2).sum(axis=1)
+        y, s, every = (p - q @ (q.T @ p) for p in (y, s, every))
+    first = every if every.shape[1] == s.shape[1] else every @ _least_squares(every, s)
+    q, _ = np.linalg.qr(first)
+    return Concentrated(y, s, first, every, np.minimum(leverage + (q**2).sum(axis=1), 1.0))
+
+
+def refuse_dependent(
+    s: Float[ndarray, "n S"],
+    z: Float[ndarray, "n M"] | None,
+    c: Float[ndarray, "n K"],
+    unit: Int[ndarray, " n"] | None,
+    names: tuple[Sequence[str], Sequence[str], Sequence[str]],
+) -> None:
+    """Raise ValueError naming constant shocks, collinear controls, or what controls explain.
+
+    names: of shocks, instruments and controls.
+    """
+    shock_names, instrument_names, control_names = names
+    _refuse_constant(s, shock_names, "shock")
+    if z is not None:
+        _refuse_constant(z, instrument_names, "instrument")
+    if unit is not None:
+        counts = np.bincount(unit)
+        s, c = _within(s, unit, counts), _within(c, unit, counts)
+        z = None if z is None else _within(z, unit, counts)
+    if c.shape[1]:
+        _refuse_collinear_controls(c, control_names)
+    for what, values, labels in (("shock", s, shock_names), ("instrument", z, instrument_names)):
+        if values is not None:
+            _refuse_explained(values, c, labels, what)
+
+
+# --- parts --------------------------------------------------------------------------------
+
+
+def _refuse_constant(values: Float[ndarray, "n k"], names: Sequence[str], what: str) -> None:
+    for column, name in zip(values.T, names, strict=True):
+        if np.ptp(column) == 0:
+            raise ValueError(
+                f"{what} {name!r} is {column[0]:g} in all {len(column)} rows that are used: a "
+                f"constant {what} moves nothing; drop it or widen the sample"
+            )
+
+
+def _refuse_collinear_controls(c: Float[ndarray, "n K"], names: Sequence[str]) -> None:
+    try:
+        refuse_collinear(c.T @ c, names, "controls")
+    except ValueError as error:
+        raise ValueError(
+            f"{error} (fewer lags; shock_lags=0 where the shock is an innovation that the other "
+            "lags span; trend='n' where columns sum to a constant)"
+        ) from None
+
+
+def _refuse_explained(
+    values: Float[ndarray, "n k"], c: Float[ndarray, "n K"], names: Sequence[str], what: str
+) -> None:
+    left = values - c @ _least_squares(c, values) if c.shape[1] else values
+    share = (left**2).sum(axis=0) / np.maximum((values**2).sum(axis=0), 1e-300)
+    for name, part in zip(names, share, strict=True):
+        if part < EXPLAINED:
+            raise ValueError(
+                f"{what} {name!r} is an exact function of the controls (share left {part:.1e}): "
+                f"nothing of it is unpredicted; drop the control that repeats it"
+            )
+    if values.shape[1] > 1:
+        refuse_collinear(left.T @ left, names, f"{what}s, given the controls")
+
+
+def _least_squares(x: ndarray, y: ndarray) -> ndarray:
+    found: ndarray = np.linalg.lstsq(x, y, rcond=None)[0]
+    return found
+
+
+def _within(values: ndarray, unit: ndarray, counts: ndarray) -> ndarray:
+    """Values less their unit's mean."""
+    sums = np.zeros((len(counts), values.shape[1]))
+    np.add.at(sums, unit, values)
+    return np.asarray(values - (sums / np.maximum(counts, 1)[:, None])[unit])

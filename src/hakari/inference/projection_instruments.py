@@ -1,0 +1,109 @@
+"""How strong the instruments of LP-IV are at each horizon, and bands that hold if they are weak."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from hakari.inference.anderson_rubin import anderson_rubin
+from hakari.inference.influence import ScoreCovariance, lags, parse_scores
+from hakari.inference.instruments import first_stage_arrays
+from hakari.inference.moments import LinearMoments
+
+if TYPE_CHECKING:
+    from hakari.inference.local_projections import LocalProjection
+    from hakari.inference.projection_parts import Part
+
+
+def first_stages(lp: LocalProjection, covariance: str | ScoreCovariance = "hc3") -> pd.DataFrame:
+    """Effective F (Montiel Olea and Pflueger, 2013) of each horizon's first stage.
+
+    A row a horizon: rows used, partial R², effective F and its critical value for a bias of 10 %.
+    NaN where there are several shocks. Raises ValueError without instruments.
+    """
+    _refuse_without(lp)
+    spec = parse_scores(covariance)
+    table = []
+    for part in lp.parts:
+        stage = _stage(lp, part, spec) if lp.shape[1] == 1 else None
+        for h in part.horizons:
+            row: dict[str, float] = {"horizon": lp.question.horizons[h], "rows": len(part.rows)}
+            row["partial_r2"] = stage.partial_r2 if stage else np.nan
+            row["effective_f"] = stage.F_effective.value if stage else np.nan
+            row["critical"] = stage.F_effective.critical if stage else np.nan
+            table.append(row)
+    return pd.DataFrame(table).sort_values("horizon", ignore_index=True)
+
+
+def anderson_rubin_bands(
+    lp: LocalProjection, level: float = 0.9, covariance: str | ScoreCovariance = "hc3"
+) -> pd.DataFrame:
+    """Anderson and Rubin's (1949) set at each horizon: it covers however weak the instruments.
+
+    Columns response, shock, horizon, lower, upper and pieces; the ends are those of the whole set,
+    which may be infinite, or have a hole (pieces 2). Raises ValueError without instruments or
+    with several shocks.
+    """
+    _refuse_without(lp)
+    if lp.shape[1] > 1:
+        raise ValueError(f"Anderson-Rubin bands need one shock, there are {', '.join(lp.shocks)}")
+    spec, table = parse_scores(covariance), []
+    for part in lp.parts:
+        y = part.fit.y.reshape(len(part.rows), lp.shape[0], -1)
+        text = _text(lp, part, spec)
+        for j, response in enumerate(lp.question.response):
+            for place, h in enumerate(part.horizons):
+                ends = _ends(y[:, j, place], part, text, level)
+                table.append((response, lp.shocks[0], lp.question.horizons[h], *ends))
+    columns = ["response", "shock", "horizon", "lower", "upper", "pieces"]
+    frame = pd.DataFrame(table, columns=columns)
+    order = {name: i for i, name in enumerate(lp.question.response)}
+    return frame.sort_values(
+        ["response", "horizon"], key=lambda c: c.map(order) if c.name == "response" else c,
+        ignore_index=True,
+    )  # fmt: skip
+
+
+# --- parts --------------------------------------------------------------------------------
+
+
+def _refuse_without(lp: LocalProjection) -> None:
+    if not lp.question.instruments:
+        raise ValueError("there are no instruments: this is a projection on the shock itself")
+
+
+def _ends(y, part: Part, covariance: str, level: float) -> tuple[float, float, int]:  # type: ignore[no-untyped-def]
+    names = [f"z{m}" for m in range(part.fit.every.shape[1])]
+    moments = LinearMoments.from_arrays(
+        y,
+        part.fit.s,
+        part.fit.every,
+        names=["shock"],
+        instrument_names=names,
+        covariance=covariance,
+    )
+    found = anderson_rubin(moments, level)
+    if not found.intervals:
+        return np.nan, np.nan, 0
+    return found.intervals[0][0], found.intervals[-1][1], len(found.intervals)
+
+
+def _stage(lp: LocalProjection, part: Part, spec: ScoreCovariance):  # type: ignore[no-untyped-def]
+    names = lp.design.instrument_names
+    found = first_stage_arrays(
+        part.fit.s,
+        part.fit.every,
+        names=[lp.shocks[0]],
+        instrument_names=names,
+        covariance=_text(lp, part, spec),
+    )
+    return found.stages[0]
+
+
+def _text(lp: LocalProjection, part: Part, spec: ScoreCovariance) -> str:
+    """The covariance of a single equation that comes closest: White's, or HAC with as many lags."""
+    if spec.kind != "hac" or len(lp.series.units) > 1:
+        return "robust"
+    return f"hac:{lags(spec, part.fit.every)}"
