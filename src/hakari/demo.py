@@ -20,6 +20,7 @@ from hakari.terminal import INTERRUPTED, terminal, to_json
 CHAPTERS = (  # by address: a half is imported only when its chapter's turn comes
     "hakari.inference.card:just_identified",
     "hakari.inference.card:over_identified",
+    "hakari.inference.macro:monetary_policy",
     "hakari.training.chapter:train_tiny",
 )
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Mapping
 from itertools import product
 from math import isfinite
 
@@ -17,20 +16,21 @@ from hakari.report import Block, Chapter, Facts, Picture, Section, Table, Text
 from hakari.run import versions
 
 PACKAGES = ("numpy", "scipy", "numba", "pandas", "xarray", "arviz-stats", "matplotlib")
-CLEAR = 0.9  # probability of a sign from which a sentence says what the shock does
 
 
-def lp_chapter(found: Findings, title: str, intro: str = "", command: str = "") -> Chapter:
+def lp_chapter(
+    found: Findings, figures: Mapping[str, Figure], title: str, intro: str = "", command: str = ""
+) -> Chapter:
     """Question, verdict, responses, prior, instruments, learning rates, diagnostics, repeat.
 
-    command: what repeats it; none is shown when empty.
+    figures: those of `lp_command.figures`; command: what repeats it, not shown when empty.
     """
     sections = [
         _question(found),
         _verdict(found),
-        _responses(found),
-        *_prior(found),
-        *_instruments(found),
+        _responses(found, figures["responses"]),
+        *_prior(found, figures.get("prior")),
+        *_instruments(found, figures.get("instruments")),
         *_rates(found),
         _diagnostics(found),
         _repeat(found, command),
@@ -38,57 +38,37 @@ def lp_chapter(found: Findings, title: str, intro: str = "", command: str = "") 
     return Chapter(title, sections, intro)
 
 
-def figures(found: Findings) -> dict[str, Figure]:
-    """The figures by the name of their files: responses, prior, instruments."""
-    study, unit = found.study, f"{found.grain}s"
-    out = {"responses": found.irf.plot(study.level, study.band, narrow=NARROW, unit=unit)}
-    if found.irf.prior_draws is not None:
-        prior = found.irf.plot(study.level, "pointwise", narrow=None, prior=True, unit=unit)
-        out["prior"] = prior
-    if found.anderson_rubin is not None:
-        shown = replace(found.irf, anderson_rubin=found.anderson_rubin)
-        out["instruments"] = shown.plot(study.level, "pointwise", narrow=None, unit=unit)
-    return out
-
-
 # --- sentences ----------------------------------------------------------------------------
 
 
 def verdict(found: Findings) -> list[str]:
     """Sentences in the order in which a reader wants them."""
-    said = [" ".join(answer_of(found, r, s)) for r, s, _ in _pairs(found)]
+    said = [answer_of(found, r, s) for r, s, _ in _pairs(found)]
     return [*said, *prior_says(found), *instruments_say(found), *rates_say(found), draws_say(found)]
 
 
-def answer_of(found: Findings, r: int, s: int) -> Iterator[str]:
-    """The largest mean response, how sure its sign is, and where the joint band excludes 0."""
-    irf, level = found.irf, found.study.level
-    draws = irf.draws[:, r, s]
-    free = ~found.known[r, s]
+def answer_of(found: Findings, r: int, s: int) -> str:
+    """What the shock does to one response; said plainly only where the joint band excludes 0."""
+    irf, free = found.irf, ~found.known[r, s]
     if not free.any():
-        yield f"The response of {irf.responses[r]} to {irf.shocks[s]} is known without data."
-        return
-    mean = np.where(free, draws.mean(axis=0), 0.0)
+        return f"The response of {irf.responses[r]} to {irf.shocks[s]} is known without data."
+    out = _excluded(found, r, s) & free
+    mean = np.where(out if out.any() else free, irf.draws[:, r, s].mean(axis=0), 0.0)
     at = int(np.abs(mean).argmax())
-    lower, upper = np.quantile(draws[:, at], [(1 - level) / 2, (1 + level) / 2])
-    positive = float((draws[:, at] > 0).mean())
-    share = positive if mean[at] > 0 else 1 - positive
-    move, name, size = impulse(found, s), _what(found, r), _with_unit(found, r, abs(mean[at]))
-    sign, when = "positive" if mean[at] > 0 else "negative", _when(found, irf.horizons[at])
-    interval = f"{level:.0%} interval {number(lower)} to {number(upper)}"
-    sure = "almost surely" if share > 0.9995 else f"with probability {share:.2f}"
-    if share >= CLEAR:
-        verb = "raises" if mean[at] > 0 else "lowers"
-        yield (
-            f"{move} {verb} {name} most {when}, by {size} in the posterior mean ({interval}); "
-            f"{sure} the response then is {sign}."
+    size, sign, interval, sure = _moment(found, r, s, at)
+    when, band = _when(found, irf.horizons[at]), f"the {_band(found).partition(' (')[0]} band"
+    if not out.any():
+        return (
+            f"What {_lower(impulse(found, s))} does to {_what(found, r)} is not clear: the largest "
+            f"mean response, {size} {when} ({interval}), is {sign} {sure}, and {band} contains 0 "
+            "at every horizon."
         )
-    else:
-        yield (
-            f"What {_lower(move)} does to {name} is not clear: the largest mean response, "
-            f"{number(mean[at])} {when}, has a {interval} and is {sign} {sure} only."
-        )
-    yield _excludes(found, r, s, free)
+    where = f"at {found.grain}s {_runs(np.array(irf.horizons)[out].tolist())}"
+    return (
+        f"{impulse(found, s)} {'raises' if mean[at] > 0 else 'lowers'} {_what(found, r)}: by "
+        f"{size.removeprefix('-')} {when} in the posterior mean ({interval}), {sign} {sure}. "
+        f"{band.capitalize()} excludes 0 {where if not out[free].all() else 'at every horizon'}."
+    )
 
 
 def impulse(found: Findings, s: int) -> str:
@@ -103,20 +83,22 @@ def impulse(found: Findings, s: int) -> str:
 
 def prior_says(found: Findings) -> list[str]:
     """By how much the prior narrowed the responses."""
+    kinds, parts = found.priors, []
     if found.irf.narrowed is None:
         return ["Priors are flat: the bands are those of the estimates."]
-    parts = []
-    for r, _, _ in _pairs(found, shocks=False):
-        share = found.irf.narrowed[r]
+    for name, share in zip(kinds, found.irf.narrowed, strict=True):
         share = share[np.isfinite(share)]
         if len(share):
             word = "narrowed" if share.mean() >= 0 else "widened"
             parts.append(
-                f"{found.irf.responses[r]} are {word} by {abs(share.mean()):.0%} on average "
-                f"({_range(share)} by horizon)"
+                f"that of {name} is {word} by {abs(share.mean()):.0%} on average over horizons "
+                f"({share.min():.0%} to {share.max():.0%})"
             )
-    told = "; ".join(f"{name} {prior}" for name, prior in found.priors.items())
-    return [f"Prior: {told}. Under it the bands of {', those of '.join(parts)}."]
+    alike = len(set(kinds.values())) == 1
+    each = [f"{name} {prior}" for name, prior in kinds.items()]
+    told = f"{next(iter(kinds.values()))} on every response" if alike else "; ".join(each)
+    effect = f" By it the posterior standard deviation moves: {', '.join(parts)}." * bool(parts)
+    return [f"Prior: {told}.{effect}"]
 
 
 def instruments_say(found: Findings) -> list[str]:
@@ -127,17 +109,18 @@ def instruments_say(found: Findings) -> list[str]:
     low = stage.loc[(stage["effective_f"] / stage["critical"]).idxmin()]
     f, critical = number(low["effective_f"]), number(low["critical"])
     names = ", ".join(found.study.instrument)
+    least = ", at its least over horizons," if stage["effective_f"].nunique() > 1 else ""
     one = len(found.study.instrument) == 1
     if low["effective_f"] < low["critical"]:
         return [
             f"The instrument{'' if one else 's'} {names} {'is' if one else 'are'} weak: the "
-            f"effective F is {f}, under the critical value {critical}, so a bias of more than 10 % "
+            f"effective F{least} is {f}, under the critical value {critical}, so a bias of more than 10% "
             "of the worst case cannot be excluded. Read the Anderson-Rubin sets, which cover "
             "however weak the instruments are."
         ]
     return [
         f"The instrument{'' if one else 's'} {names} {'is' if one else 'are'} strong: the "
-        f"effective F is {f}, over the critical value {critical}."
+        f"effective F{least} is {f}, over the critical value {critical}."
     ]
 
 
@@ -181,7 +164,9 @@ def horizon_tables(found: Findings) -> list[Table]:
             for place, row in frame.iterrows()
             if row["horizon"] in found.selected
         ]
-        out.append(Table(head, rows, f"Response of {name}: {_lower(impulse(found, s))}."))
+        unit = found.study.units.get(found.irf.responses[r], "")
+        what = f"{name} ({unit})" if unit else name
+        out.append(Table(head, rows, f"Response of {what}: {_lower(impulse(found, s))}."))
     return out
 
 
@@ -299,10 +284,10 @@ def _verdict(found: Findings) -> Section:
     return Section("What the data say", blocks)
 
 
-def _responses(found: Findings) -> Section:
+def _responses(found: Findings, figure: Figure) -> Section:
     names, level = ", ".join(found.study.response), found.study.level
     picture = Picture(
-        figures(found)["responses"],
+        figure,
         f"Responses of {names} over horizons with pointwise and simultaneous bands",
         f"{impulse(found, 0)}: posterior mean, the estimates without a prior (dashed), pointwise "
         f"bands at {NARROW:.0%} and {level:.0%}, and the band that holds the whole path with "
@@ -311,15 +296,15 @@ def _responses(found: Findings) -> Section:
     return Section("Responses", [picture, *horizon_tables(found), shape_table(found)])
 
 
-def _prior(found: Findings) -> list[Section]:
+def _prior(found: Findings, figure: Figure | None) -> list[Section]:
     table = narrowed_table(found)
     if table is None:
         return []
     blocks: list[Block] = [*map(Text, prior_says(found)), table]
-    if "prior" in (made := figures(found)):
+    if figure is not None:
         blocks.append(
             Picture(
-                made["prior"],
+                figure,
                 "Pointwise bands of the prior behind those of the posterior",
                 "The prior's band (hatched) beside the posterior's. It leaves the panel where it "
                 "says little about the level and only asks for a smooth path.",
@@ -328,36 +313,23 @@ def _prior(found: Findings) -> list[Section]:
     return [Section("The prior's share", blocks)]
 
 
-def _instruments(found: Findings) -> list[Section]:
+def _instruments(found: Findings, figure: Figure | None) -> list[Section]:
     table = strength_table(found)
-    if table is None:
+    if table is None or figure is None:
         told = "With several shocks neither first-stage F nor Anderson-Rubin sets are given."
         several = bool(found.study.instrument)
         return [Section("Strength of the instruments", [Text(told, "note")])] * several
     blocks: list[Block] = [table, *map(Text, instruments_say(found))]
     blocks.append(
         Picture(
-            figures(found)["instruments"],
+            figure,
             "Anderson-Rubin sets beside the posterior's pointwise bands",
             f"Anderson-Rubin sets (dotted) at {found.study.level:.0%}, horizon by horizon and "
             "without a prior, beside the posterior. Where they leave the panel they may be "
             "unbounded.",
         )
     )
-    return [Section("Strength of the instruments", [*blocks, _sets_table(found)])]
-
-
-def _sets_table(found: Findings) -> Table:
-    """Ends of the Anderson-Rubin sets at selected horizons."""
-    rows = []
-    for r, s, name in _pairs(found):
-        frame = _of(found.table, found, r, s)
-        frame = frame[frame["horizon"].isin(found.selected)]
-        rows.append([name, *map(_lines, frame["lower_ar"], frame["upper_ar"])])
-    pieces = 0 if found.anderson_rubin is None else int((found.anderson_rubin["pieces"] > 1).sum())
-    holes = f" {pieces} of all sets have a hole, which is not shown." if pieces else ""
-    head = [f"{found.grain}s after", *map(str, found.selected)]
-    return Table(head, rows, f"Anderson-Rubin sets at {found.study.level:.0%}.{holes}")
+    return [Section("Strength of the instruments", blocks)]
 
 
 def _rates(found: Findings) -> list[Section]:
@@ -377,7 +349,8 @@ def _rates(found: Findings) -> list[Section]:
     head = ["", "learning rate", "90% interval", "covered before", "width"]
     caption = (
         "Each posterior to the power of its rate. Covered before: share of "
-        f"{rates[0].replications} bootstrap samples whose {rates[0].level:.0%} joint band held the truth without it."
+        f"{rates[0].replications} bootstrap samples whose {rates[0].level:.0%} joint band held the "
+        "truth without it."
     )
     return [Section("Learning rates", [Table(head, rows, caption), *map(Text, rates_say(found))])]
 
@@ -391,7 +364,10 @@ def _diagnostics(found: Findings) -> Section:
         ("largest R-hat", f"{number(frame['r_hat'].max(), 4)} ({frame['r_hat'].idxmax()})"),
         ("least bulk ESS", f"{frame['ess_bulk'].min():.0f} ({frame['ess_bulk'].idxmin()})"),
         ("least tail ESS", f"{frame['ess_tail'].min():.0f} ({frame['ess_tail'].idxmin()})"),
-        ("accepted", f"{float(found.result['checks']['acceptance'].mean()):.1%} of the proposals"),
+        (
+            "accepted",
+            f"{float(found.result['checks'].dataset['acceptance'].mean()):.1%} of the proposals",
+        ),
         ("known exactly", f"{int(found.known.sum())} of {found.known.size} coefficients"),
     ]
     blocks: list[Block] = [Text(note, "warning") for note in found.notes]
@@ -411,13 +387,13 @@ def _repeat(found: Findings, command: str) -> Section:
 # --- words --------------------------------------------------------------------------------
 
 
-def _pairs(found: Findings, shocks: bool = True) -> list[tuple[int, int, str]]:
+def _pairs(found: Findings) -> list[tuple[int, int, str]]:
     """Places and name of each response and shock; the shock's name only where there are several."""
     irf = found.irf
     several = len(irf.shocks) > 1
     return [
         (r, s, f"{irf.responses[r]} to {irf.shocks[s]}" if several else irf.responses[r])
-        for r, s in product(range(len(irf.responses)), range(len(irf.shocks) if shocks else 1))
+        for r, s in product(range(len(irf.responses)), range(len(irf.shocks)))
     ]
 
 
@@ -426,17 +402,22 @@ def _of(table: pd.DataFrame, found: Findings, r: int, s: int) -> pd.DataFrame:
     return table[mine].reset_index(drop=True)
 
 
-def _excludes(found: Findings, r: int, s: int, free: np.ndarray) -> str:
-    """Where the joint band does not hold 0."""
+def _moment(found: Findings, r: int, s: int, at: int) -> tuple[str, str, str, str]:
+    """Mean, sign, interval and certainty of a response at one horizon, in words."""
+    draws, level = found.irf.draws[:, r, s, at], found.study.level
+    mean = float(draws.mean())
+    share = float(((draws > 0) == (mean > 0)).mean())
+    sure = "almost surely" if share > 0.9995 else f"with probability {share:.2f}"
+    size = f"{number(mean)} {found.study.units.get(found.irf.responses[r], '')}".strip()
+    ends = _interval(*np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]))
+    return size, "positive" if mean > 0 else "negative", f"{level:.0%} interval {ends}", sure
+
+
+def _excluded(found: Findings, r: int, s: int) -> np.ndarray:
+    """(H,) where the joint band does not hold 0."""
     frame = _of(found.table, found, r, s)
-    out = ((frame["lower_joint"] > 0) | (frame["upper_joint"] < 0)).to_numpy() & free
-    band = f"The {_band(found).partition(' (')[0]} band"
-    if not out.any():
-        return f"{band} contains 0 at every horizon."
-    if out[free].all():
-        return f"{band} excludes 0 at every horizon."
-    runs = _runs(frame["horizon"].to_numpy()[out].tolist())
-    return f"{band} excludes 0 at {found.grain}s {runs}."
+    out: np.ndarray = ((frame["lower_joint"] > 0) | (frame["upper_joint"] < 0)).to_numpy()
+    return out
 
 
 def _runs(numbers: list[int]) -> str:
@@ -475,20 +456,12 @@ def _what(found: Findings, r: int) -> str:
     return f"the sum of {name} since the shock" if found.study.cumulative else name
 
 
-def _with_unit(found: Findings, r: int, value: float) -> str:
-    return f"{number(value)} {found.study.units.get(found.irf.responses[r], '')}".strip()
-
-
 def _lower(text: str) -> str:
     return text[0].lower() + text[1:]
 
 
 def _interval(lower: float, upper: float) -> str:
     return f"{number(lower)} to {number(upper)}"
-
-
-def _lines(lower: float, upper: float) -> str:
-    return f"{number(lower)}\nto {number(upper)}"
 
 
 def _whole(row: pd.Series, name: str) -> str:
@@ -499,7 +472,3 @@ def _whole(row: pd.Series, name: str) -> str:
 
 def _share(value: float) -> str:
     return f"{value:.0%}".replace("-0%", "0%") if isfinite(value) else "–"
-
-
-def _range(share: np.ndarray) -> str:
-    return f"{share.min():.0%} to {share.max():.0%}"

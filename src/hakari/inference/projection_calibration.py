@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 from numpy.random import Generator
+from scipy.linalg import solve_discrete_lyapunov
 from scipy.stats import binom
 
 from hakari.inference.frisch_waugh import concentrate
@@ -101,13 +102,43 @@ def fit_var(lp: LocalProjection) -> VectorAutoregression:
             f"{len(design)} rows for the {powers + kept.sum()} coefficients of the VAR that "
             "calibrate() draws samples from: use fewer lags or controls"
         )
-    coefficients = np.linalg.lstsq(design, x[p:], rcond=None)[0]
-    k = x.shape[1]
+    coefficients, k = np.linalg.lstsq(design, x[p:], rcond=None)[0], x.shape[1]
     lags = coefficients[powers:].reshape(p, k, k).transpose(0, 2, 1)
-    residual = x[p:] - design @ coefficients
-    return VectorAutoregression(
-        names, lags, D @ coefficients[:powers], residual, x[:p], int(known[0])
-    )
+    lags = without_bias(lags, x[p:] - design @ coefficients, kept[:k])
+    rest = x[p:] - past @ lags.transpose(0, 2, 1).reshape(p * k, k)
+    level = D @ np.linalg.lstsq(D, rest, rcond=None)[0] if powers else np.zeros_like(rest)
+    return VectorAutoregression(names, lags, level, rest - level, x[:p], int(known[0]))
+
+
+def without_bias(
+    lags: Float[ndarray, "p k k"], residual: Float[ndarray, "T k"], own: ndarray
+) -> Float[ndarray, "p k k"]:
+    """Lags less their bias in short samples, which shortens responses; Pope (1990).
+
+    own (k,): variables whose lags enter. The correction is cut where it would leave the
+    stationary region (Kilian, 1998), and left out where the estimate already has.
+    """
+    p, k, T = len(lags), int(own.sum()), len(residual)
+    inner = lags[:, own][:, :, own]
+    A = np.eye(p * k, k=-k)
+    A[:k] = inner.transpose(1, 0, 2).reshape(k, p * k)
+    roots = np.linalg.eigvals(A)
+    if np.abs(roots).max() >= 1:
+        return lags
+    noise = np.zeros_like(A)
+    noise[:k, :k] = np.cov(residual[:, own].T).reshape(k, k)
+    variance = solve_discrete_lyapunov(A, noise, method="bilinear")
+    one = np.eye(p * k)
+    total = np.linalg.inv(one - A.T) + A.T @ np.linalg.inv(one - A.T @ A.T)
+    total = total + sum(r * np.linalg.inv(one - r * A.T) for r in roots).real
+    bias = -np.linalg.solve(variance, (noise @ total).T).T[:k] / T
+    out, step = lags.copy(), bias.reshape(k, p, k).transpose(1, 0, 2)
+    for share in np.arange(1.0, 0.0, -0.05):
+        A[:k] = (inner - share * step).transpose(1, 0, 2).reshape(k, p * k)
+        if np.abs(np.linalg.eigvals(A)).max() < 1:
+            out[np.ix_(np.arange(p), own, own)] = inner - share * step
+            return out
+    return lags
 
 
 def calibrate(

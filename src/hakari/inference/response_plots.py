@@ -149,12 +149,11 @@ def _shade(axis: Axes, x: ndarray, ends: Float[ndarray, "2 H"], colour: str, lab
 
 
 def _hatched(axis: Axes, x: ndarray, ends: Float[ndarray, "2 H"], label: str) -> None:
-    """Hatched behind the bands, outlined before them."""
+    """Hatched behind the bands, faint since it often fills the panel; outlined before them."""
     if not np.isfinite(ends).any():
         return
-    axis.fill_between(
-        x, *ends, facecolor="none", edgecolor=ORANGE, hatch="////", lw=0.8, label=label, zorder=1
-    )
+    hatch: dict[str, Any] = {"hatch": "//", "lw": 0.0, "alpha": 0.45}
+    axis.fill_between(x, *ends, facecolor="none", edgecolor=ORANGE, label=label, zorder=1, **hatch)
     axis.plot(x, ends.T, color=ORANGE, lw=1.0, zorder=2.5)
 
 
