@@ -90,11 +90,15 @@ def rank_one(
     rest = rows - np.multiply.outer(row_slope, centre)
     try:
         root = np.linalg.cholesky(rest.T @ rest)
+        # a variable's response to itself at once leaves rounding errors, which may be factored
+        if (np.diag(root) < 1e-10 * np.sqrt((rows**2).sum(axis=0))).any():
+            raise np.linalg.LinAlgError
     except np.linalg.LinAlgError:
         R, q = rows.shape
         raise ValueError(
             f"Ω of {q} horizons is singular with {R} rows: continuous updating needs its "
-            "inverse; use fewer horizons or weighting='frozen'"
+            "inverse; use fewer horizons, leave out 0 of a shock's response to itself, or "
+            "take weighting='frozen'"
         ) from None
     f = solve_triangular(root, constant - slope * centre, lower=True)
     return RankOne(centre, root, f, slope, d, precision, determinant)

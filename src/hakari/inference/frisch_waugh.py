@@ -17,9 +17,14 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from hakari.inference.design import refuse_collinear
+from hakari.inference.design import involved, refuse_collinear
 
-EXPLAINED = 1e-9  # a shock whose unexplained share is smaller is a function of the controls
+EXPLAINED = 1e-13  # a shock whose unexplained share is smaller is a function of the controls
+DEPENDENT = 1e-11  # smallest singular value of controls of length 1 that still is one
+_WAYS = (
+    "drop one (fewer lags; shock_lags=0 where the shock is an innovation that the other lags "
+    "span; trend='n' where columns sum to a constant)"
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ def concentrate(
         q, _ = np.linalg.qr(c)
         leverage += (q**2).sum(axis=1)
         y, s, every = (p - q @ (q.T @ p) for p in (y, s, every))
-    first = every if every.shape[1] == s.shape[1] else every @ _least_squares(every, s)
+    first = every if every.shape[1] == s.shape[1] else s - _left(s, every)
     q, _ = np.linalg.qr(first)
     return Concentrated(y, s, first, every, np.minimum(leverage + (q**2).sum(axis=1), 1.0))
 
@@ -96,18 +101,21 @@ def refuse_dependent(
     names: of shocks, instruments and controls.
     """
     shock_names, instrument_names, control_names = names
+    total = {"shock": _variation(s), "instrument": None if z is None else _variation(z)}
     _refuse_constant(s, shock_names, "shock")
     if z is not None:
         _refuse_constant(z, instrument_names, "instrument")
     if unit is not None:
         counts = np.bincount(unit)
+        whole = (c**2).sum(axis=0)
         s, c = _within(s, unit, counts), _within(c, unit, counts)
+        _refuse_held((c**2).sum(axis=0), whole, control_names)
         z = None if z is None else _within(z, unit, counts)
     if c.shape[1]:
         _refuse_collinear_controls(c, control_names)
     for what, values, labels in (("shock", s, shock_names), ("instrument", z, instrument_names)):
         if values is not None:
-            _refuse_explained(values, c, labels, what)
+            _refuse_explained(values, c, total[what], labels, what)
 
 
 # --- parts --------------------------------------------------------------------------------
@@ -117,26 +125,45 @@ def _refuse_constant(values: Float[ndarray, "n k"], names: Sequence[str], what: 
     for column, name in zip(values.T, names, strict=True):
         if np.ptp(column) == 0:
             raise ValueError(
-                f"{what} {name!r} is {column[0]:g} in all {len(column)} rows that are used: a "
-                f"constant {what} moves nothing; drop it or widen the sample"
+                f"{what} {name!r} is {column[0] + 0.0:g} in all {len(column)} rows that are used: "
+                f"a constant {what} moves nothing; drop it or widen the sample"
+            )
+
+
+def _refuse_held(
+    left: Float[ndarray, " K"], whole: Float[ndarray, " K"], names: Sequence[str]
+) -> None:
+    """Raise ValueError for a control that the effects of units hold, but for rounding."""
+    for name, part, all_of_it in zip(names, left, whole, strict=True):
+        if part <= DEPENDENT**2 * all_of_it:
+            raise ValueError(
+                f"{name} is constant within every unit, in the rows that are used: the effects "
+                "of units hold it; drop it, or use effects='none'"
             )
 
 
 def _refuse_collinear_controls(c: Float[ndarray, "n K"], names: Sequence[str]) -> None:
-    try:
-        refuse_collinear(c.T @ c, names, "controls")
-    except ValueError as error:
+    """By singular values of the columns, not of their products: lags of smooth levels are near."""
+    size = np.sqrt((c**2).sum(axis=0))
+    if (size == 0).any():
+        raise ValueError(f"{names[int(size.argmin())]} is zero in every row: {_WAYS}")
+    values, axes = np.linalg.svd(np.linalg.qr(c / size, mode="r"))[1:]
+    if values[-1] <= DEPENDENT * values[0]:
         raise ValueError(
-            f"{error} (fewer lags; shock_lags=0 where the shock is an innovation that the other "
-            "lags span; trend='n' where columns sum to a constant)"
-        ) from None
+            f"collinear controls: {involved(axes[-1], names)} are linearly dependent (condition "
+            f"number {values[0] / max(values[-1], 1e-300):.1e}): {_WAYS}"
+        )
 
 
 def _refuse_explained(
-    values: Float[ndarray, "n k"], c: Float[ndarray, "n K"], names: Sequence[str], what: str
+    values: Float[ndarray, "n k"],
+    c: Float[ndarray, "n K"],
+    total: Float[ndarray, " k"],
+    names: Sequence[str],
+    what: str,
 ) -> None:
-    left = values - c @ _least_squares(c, values) if c.shape[1] else values
-    share = (left**2).sum(axis=0) / np.maximum((values**2).sum(axis=0), 1e-300)
+    left = _left(values, c)
+    share = (left**2).sum(axis=0) / total
     for name, part in zip(names, share, strict=True):
         if part < EXPLAINED:
             raise ValueError(
@@ -147,9 +174,17 @@ def _refuse_explained(
         refuse_collinear(left.T @ left, names, f"{what}s, given the controls")
 
 
-def _least_squares(x: ndarray, y: ndarray) -> ndarray:
-    found: ndarray = np.linalg.lstsq(x, y, rcond=None)[0]
-    return found
+def _left(values: Float[ndarray, "n k"], c: Float[ndarray, "n K"]) -> Float[ndarray, "n k"]:
+    """What columns do not explain of values, whatever their units: QR does not see scales."""
+    if not c.shape[1]:
+        return values
+    q, _ = np.linalg.qr(c)
+    return np.asarray(values - q @ (q.T @ values))
+
+
+def _variation(values: Float[ndarray, "n k"]) -> Float[ndarray, " k"]:
+    """Sums of squares about the mean, so that a level does not hide what a column does."""
+    return np.asarray(((values - values.mean(axis=0)) ** 2).sum(axis=0))
 
 
 def _within(values: ndarray, unit: ndarray, counts: ndarray) -> ndarray:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy import ndarray
 
 from hakari.inference.series import Series
@@ -48,6 +48,8 @@ def parse_scores(text: str | ScoreCovariance) -> ScoreCovariance:
     """
     if isinstance(text, ScoreCovariance):
         return text
+    if not isinstance(text, str):
+        raise TypeError(f"covariance {text!r} is not text: write {GRAMMAR}")
     kind, _, rest = text.strip().lower().partition(":")
     kind = {"robust": "hc0", "ehw": "hc0", "dk": "driscoll-kraay"}.get(kind, kind)
     if kind in ("hc0", "hc1", "hc3", "cluster") and not rest:
@@ -55,7 +57,7 @@ def parse_scores(text: str | ScoreCovariance) -> ScoreCovariance:
     if kind in ("hac", "driscoll-kraay"):
         if rest in ("", "auto"):
             return ScoreCovariance(kind)  # type: ignore[arg-type]
-        if rest.isdigit():
+        if rest.isdecimal():
             return ScoreCovariance(kind, int(rest))  # type: ignore[arg-type]
     raise ValueError(f"unknown covariance {text!r}: write {GRAMMAR}")
 
@@ -69,6 +71,12 @@ def refuse_unfit(spec: ScoreCovariance, series: Series) -> None:
         raise ValueError("covariance 'hac' is for one series: use driscoll-kraay or cluster")
     if spec.kind == "cluster" and units < 5:
         raise ValueError(f"covariance 'cluster' with {units} units: use driscoll-kraay")
+    dates = len(np.unique(series.period))
+    if spec.bandwidth is not None and spec.bandwidth >= dates:
+        raise ValueError(
+            f"covariance '{spec}' takes in {spec.bandwidth} lags of {dates} dates: use fewer, or "
+            f"'{spec.kind}' for {automatic_lags(dates)}"
+        )
 
 
 def automatic_lags(dates: int) -> int:
@@ -79,26 +87,27 @@ def automatic_lags(dates: int) -> int:
 def score_rows(
     influence: Float[ndarray, "N q"],
     leverage: Float[ndarray, "N q"],
-    coefficients: int,
+    coefficients: int | Int[ndarray, " q"],
     spec: ScoreCovariance,
     series: Series,
 ) -> Float[ndarray, "R q"]:
     """Ψ with V = Ψ'Ψ.
 
-    influence: of each row of the table, zero where a row is not used; leverage: of those rows;
-    coefficients: of one regression, for hc1.
+    influence: of each row of the table, zero where a row is not used; leverage: of those rows,
+    zero only where a row is not used; coefficients: of each column's regression, for hc1.
     """
     if spec.kind == "hc0":
         return influence
     if spec.kind == "hc1":
-        used = (influence != 0).sum(axis=0)
+        used = (leverage > 0).sum(axis=0)  # a row of no influence is a row all the same
         return np.asarray(influence * np.sqrt(used / np.maximum(used - coefficients, 1)))
     if spec.kind == "hc3":
         left = np.maximum(1 - leverage, 1e-9)  # a row that fits itself has no residual either
         return np.asarray(influence / left)
     if spec.kind == "cluster":
         groups = _sums(influence, series.unit)
-        return np.asarray(groups * np.sqrt(len(groups) / (len(groups) - 1)))
+        there = _sums(np.asarray(leverage > 0, dtype=float), series.unit).any(axis=1).sum()
+        return np.asarray(groups * np.sqrt(there / max(there - 1, 1)))
     by_date = _sums(influence, series.period - series.period.min())
     return moving_sums(by_date, lags(spec, by_date))
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy import ndarray
 
 from hakari.inference.influence import ScoreCovariance, parse_scores, refuse_unfit, score_rows
@@ -30,6 +30,7 @@ from hakari.inference.projection_design import (
     build,
     coefficients,
     refuse_few_rows,
+    rows_by_horizon,
 )
 from hakari.inference.projection_formula import parse_projection
 from hakari.inference.projection_parts import Part, concentrated_parts, overlap_notes
@@ -98,8 +99,8 @@ class LocalProjection:
         self.question = question = Question(
             _names("response", response),
             _names("shock", shock),
-            _names("instruments", instruments or ()),
-            _names("controls", controls),
+            _names("instruments", () if instruments is None else instruments),
+            _names("controls", () if controls is None else controls),
             lags,
             augment,
             _horizons(horizons),
@@ -121,7 +122,9 @@ class LocalProjection:
         self.controls_prior = controls_prior
         if controls_prior is None:
             refuse_few_rows(question, self.design, series)
-        self.parts: tuple[Part, ...] = concentrated_parts(question, self.design, controls_prior)
+        self.parts: tuple[Part, ...] = concentrated_parts(
+            question, self.design, series, controls_prior
+        )
         self.notes = (*series.notes, *gaps, *overlap_notes(question, series, self.parts))
 
     @classmethod
@@ -172,8 +175,14 @@ class LocalProjection:
 
     @property
     def coefficients(self) -> int:
-        """Coefficients of one horizon's regression, the shocks and effects of units included."""
-        return coefficients(self.design)
+        """Coefficients of one horizon's regression, the shocks and all effects included."""
+        return int(self.coefficients_by_horizon.max())
+
+    @cached_property
+    def coefficients_by_horizon(self) -> Int[ndarray, " H"]:
+        """The same at each horizon: later ones may have fewer dates, and fewer effects of them."""
+        used = rows_by_horizon(self.design, self.question.sample)
+        return np.array([coefficients(self.design, rows) for rows in used.T])
 
     @property
     def rows_used(self) -> tuple[int, ...]:
@@ -204,10 +213,12 @@ class LocalProjection:
 
     @cached_property
     def leverage(self) -> Float[ndarray, "N H"]:
-        """Leverage of the rows at each horizon."""
+        """Leverage of the rows at each horizon; 0 where a row is not used, and only there."""
         out = np.zeros((len(self.series.period), self.shape[2]))
         for part in self.parts:
-            out[np.ix_(part.rows, np.array(part.horizons))] = part.fit.leverage[:, None]
+            out[np.ix_(part.rows, np.array(part.horizons))] = np.maximum(
+                part.fit.leverage, np.finfo(float).tiny
+            )[:, None]
         return out
 
     @cached_property
@@ -228,7 +239,8 @@ class LocalProjection:
         refuse_unfit(spec, self.series)
         J, S, _ = self.shape
         leverage = np.tile(self.leverage, (1, J * S))
-        return score_rows(self.influence, leverage, self.coefficients, spec, self.series)
+        counts = np.tile(self.coefficients_by_horizon, J * S)
+        return score_rows(self.influence, leverage, counts, spec, self.series)
 
     def standard_errors(self, covariance: str | ScoreCovariance = "hc3") -> Float[ndarray, "J S H"]:
         """Of each estimate."""
@@ -339,7 +351,11 @@ class LocalProjection:
 
 
 def _names(what: str, given: str | Sequence[str]) -> tuple[str, ...]:
-    names = (given,) if isinstance(given, str) else tuple(given)
+    many = isinstance(given, Iterable) and not isinstance(given, str | bytes)
+    names = tuple(given) if many else (given,)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"{what} {name!r} is not text: name a column, or a list of columns")
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise ValueError(f"{what} {sorted(twice)[0]!r} is given twice: {', '.join(names)}")
@@ -347,7 +363,10 @@ def _names(what: str, given: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _horizons(given: int | Iterable[int]) -> tuple[int, ...]:
-    found = tuple(range(given + 1)) if isinstance(given, int | np.integer) else tuple(given)
+    many = isinstance(given, Iterable)
+    found = tuple(given) if many else ()
+    if isinstance(given, int | np.integer):
+        found = tuple(range(given + 1))
     whole = all(isinstance(h, int | np.integer) for h in found)
     if not found or not whole or min(found) < 0 or list(found) != sorted(set(found)):
         raise ValueError(f"horizons {given!r}: need whole numbers from 0 up, in ascending order")
@@ -358,6 +377,8 @@ def _check(question: Question) -> None:
     for what, names in (("response", question.response), ("shock", question.shock)):
         if not names:
             raise ValueError(f"no {what}: name at least one column")
+    if question.state is not None and not isinstance(question.state, str):
+        raise TypeError(f"state {question.state!r} is not text: name a column")
     for what, lags in (("lags", question.lags), ("shock_lags", question.shock_lags or 0)):
         if not isinstance(lags, int | np.integer) or lags < 0:
             raise ValueError(f"{what} {lags!r}: a whole number from 0 up is needed")

@@ -89,15 +89,13 @@ def prior_says(found: Findings) -> list[str]:
     for name, share in zip(kinds, found.irf.narrowed, strict=True):
         share = share[np.isfinite(share)]
         if len(share):
-            word = "narrowed" if share.mean() >= 0 else "widened"
-            parts.append(
-                f"that of {name} is {word} by {abs(share.mean()):.0%} on average over horizons "
-                f"({share.min():.0%} to {share.max():.0%})"
-            )
+            word = "smaller" if share.mean() >= 0 else "larger"
+            ends = f"{share.min():.0%} to {share.max():.0%} by horizon"
+            parts.append(f"of {name} {abs(share.mean()):.0%} {word} ({ends})")
     alike = len(set(kinds.values())) == 1
-    each = [f"{name} {prior}" for name, prior in kinds.items()]
-    told = f"{next(iter(kinds.values()))} on every response" if alike else "; ".join(each)
-    effect = f" By it the posterior standard deviation moves: {', '.join(parts)}." * bool(parts)
+    each = "; ".join(f"{name} {prior}" for name, prior in kinds.items())
+    told = f"{next(iter(kinds.values()))} on every response" if alike else each
+    effect = f" It makes the posterior standard deviation {', '.join(parts)}." * bool(parts)
     return [f"Prior: {told}.{effect}"]
 
 
@@ -114,9 +112,9 @@ def instruments_say(found: Findings) -> list[str]:
     if low["effective_f"] < low["critical"]:
         return [
             f"The instrument{'' if one else 's'} {names} {'is' if one else 'are'} weak: the "
-            f"effective F{least} is {f}, under the critical value {critical}, so a bias of more than 10% "
-            "of the worst case cannot be excluded. Read the Anderson-Rubin sets, which cover "
-            "however weak the instruments are."
+            f"effective F{least} is {f}, under the critical value {critical}, so a bias of more "
+            "than 10% of the worst case cannot be excluded. Read the Anderson-Rubin sets, which "
+            "cover however weak the instruments are."
         ]
     return [
         f"The instrument{'' if one else 's'} {names} {'is' if one else 'are'} strong: the "
@@ -361,9 +359,9 @@ def _diagnostics(found: Findings) -> Section:
     rows = [
         ("kernel", f"{attributes['method']}"),
         ("draws", f"{draws} in each of {attributes['chains']} chains"),
-        ("largest R-hat", f"{number(frame['r_hat'].max(), 4)} ({frame['r_hat'].idxmax()})"),
-        ("least bulk ESS", f"{frame['ess_bulk'].min():.0f} ({frame['ess_bulk'].idxmin()})"),
-        ("least tail ESS", f"{frame['ess_tail'].min():.0f} ({frame['ess_tail'].idxmin()})"),
+        ("largest R-hat", _worst(frame["r_hat"], 4)),
+        ("least bulk ESS", _worst(-frame["ess_bulk"])),
+        ("least tail ESS", _worst(-frame["ess_tail"])),
         (
             "accepted",
             f"{float(found.result['checks'].dataset['acceptance'].mean()):.1%} of the proposals",
@@ -408,9 +406,14 @@ def _moment(found: Findings, r: int, s: int, at: int) -> tuple[str, str, str, st
     mean = float(draws.mean())
     share = float(((draws > 0) == (mean > 0)).mean())
     sure = "almost surely" if share > 0.9995 else f"with probability {share:.2f}"
-    size = f"{number(mean)} {found.study.units.get(found.irf.responses[r], '')}".strip()
+    size = f"{number(mean)}\N{NO-BREAK SPACE}{found.study.units.get(found.irf.responses[r], '')}"
     ends = _interval(*np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]))
-    return size, "positive" if mean > 0 else "negative", f"{level:.0%} interval {ends}", sure
+    return (
+        size.strip(),
+        "positive" if mean > 0 else "negative",
+        f"{level:.0%} interval {ends}",
+        sure,
+    )
 
 
 def _excluded(found: Findings, r: int, s: int) -> np.ndarray:
@@ -444,6 +447,12 @@ def _dates(found: Findings) -> str:
     units = len(lp.series.units)
     panel = f" of {units} units" if units > 1 else ""
     return f"the shock from {first} to {last}{panel}"
+
+
+def _worst(column: pd.Series, digits: int = 5) -> str:
+    """The largest value and whose it is; a single chain has none."""
+    known = column.dropna()
+    return f"{number(abs(known.max()), digits)} ({known.idxmax()})" if len(known) else "–"
 
 
 def _when(found: Findings, horizon: int) -> str:

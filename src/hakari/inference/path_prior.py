@@ -250,7 +250,8 @@ def _form(
         prior.shape,
         prior.rate,
         label,
-        _log_pseudo_determinant(root @ root.T),
+        # of full row rank, however far apart the units of several shocks are
+        float(np.linalg.slogdet(root @ root.T)[1]),
         _log_pseudo_determinant(fixed),
     )
 

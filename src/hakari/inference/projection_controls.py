@@ -50,7 +50,9 @@ def control_draws(
     spec = parse_scores(str(result.attrs["covariance"]))
     wide = np.repeat(lp.leverage, influence.shape[2], axis=1)
     flat = influence.reshape(len(influence), -1)
-    rows = score_rows(flat, wide, lp.coefficients, spec, lp.series)
+    rows = score_rows(
+        flat, wide, lp.coefficients_by_horizon.repeat(influence.shape[2]), spec, lp.series
+    )
     own = lp.score_rows(spec)[:, j * S * H : (j + 1) * S * H]
     noise = chance.standard_normal((len(theta), len(rows)))
     gap = theta - lp.estimate[j].ravel() - noise @ own

@@ -82,8 +82,8 @@ class Question:
 class Design:
     """Arrays over the N rows of a table, NaN where a row lacks something.
 
-    `instruments` is None in a projection on the shocks themselves; `dummies` counts the columns
-    that effects of units take away from each sample.
+    `instruments` is None in a projection on the shocks themselves. Effects of dates are not among
+    the controls: which dates there are depends on the rows, see `controls_on`.
     """
 
     outcomes: Float[ndarray, "N J H"]
@@ -94,6 +94,7 @@ class Design:
     instrument_names: tuple[str, ...]
     control_names: tuple[str, ...]
     unit: Int[ndarray, " N"] | None  # whose means are taken out; None: none are
+    date: Int[ndarray, " N"] | None = None  # that have effects; None: none have
 
     @property
     def right(self) -> Float[ndarray, "N M"]:
@@ -121,10 +122,9 @@ def build(question: Question, series: Series) -> Design:
             instruments, instrument_names = _by_state(
                 instruments, instrument_names, weight, question.state or ""
             )
-    panel = len(series.units) > 1 and question.effects != "none"
-    if panel and question.effects == "unit+time":
-        dates, dummies = _dates(series)
-        controls, names = np.column_stack([controls, dummies]), (*names, *dates)
+        if _held(question, series) and question.trend != "n" and _moves(question, series, weight):
+            controls, names = np.column_stack([controls, weight]), (*names, question.state or "")
+    held = _held(question, series)
     return Design(
         _outcomes(question, series),
         shocks,
@@ -133,8 +133,22 @@ def build(question: Question, series: Series) -> Design:
         shock_names,
         instrument_names,
         names,
-        series.unit if panel else None,
+        series.unit if held else None,
+        series.period if held and question.effects == "unit+time" else None,
     )
+
+
+def controls_on(
+    design: Design, rows: Int[ndarray, " n"], series: Series
+) -> tuple[Float[ndarray, "n K"], tuple[str, ...]]:
+    """The controls of some rows and their names, with effects of the dates that are there."""
+    c = design.controls[rows]
+    if design.date is None:
+        return c, design.control_names
+    dates, first = np.unique(design.date[rows], return_index=True)
+    dummies = np.asarray(design.date[rows][:, None] == dates[1:], dtype=float)
+    names = tuple(f"date {series.labels[rows[i]]}" for i in first[1:])
+    return np.column_stack([c, dummies]), (*design.control_names, *names)
 
 
 def rows_by_horizon(design: Design, rule: SampleRule) -> Bool[ndarray, "N H"]:
@@ -150,32 +164,48 @@ def rows_by_horizon(design: Design, rule: SampleRule) -> Bool[ndarray, "N H"]:
 
 def refuse_few_rows(question: Question, design: Design, series: Series) -> None:
     """Raise ValueError, saying the largest horizon that fits, where rows are too few."""
-    needed = coefficients(design) + SPARE
-    counts = rows_by_horizon(design, question.sample).sum(axis=0)
-    if (counts >= needed).all():
+    used = rows_by_horizon(design, question.sample)
+    short = [coefficients(design, rows) + SPARE - rows.sum() for rows in used.T]
+    if max(short) <= 0:
         return
-    alone = rows_by_horizon(design, "available").sum(axis=0)
-    fits = [h for h, n in zip(question.horizons, alone, strict=True) if n >= needed]
-    way = (
-        f"the largest horizon that fits is {fits[-1]} (horizons=range({fits[-1] + 1}))"
-        if fits
-        else "no horizon fits: use fewer lags or controls, or a longer table"
-    )
-    least = int(counts.argmin())
+    least = int(np.argmax(short))
+    count, needed = used[:, least].sum(), coefficients(design, used[:, least])
     raise ValueError(
-        f"{counts[least]} rows are left for {needed - SPARE} coefficients at horizon "
+        f"{count} rows are left for {needed} coefficients at horizon "
         f"{question.horizons[least]} ({len(series.period)} rows, {question.lag_order} lags, "
-        f"sample={question.sample!r}): at least {needed} are needed; {way}"
+        f"sample={question.sample!r}): at least {needed + SPARE} are needed; "
+        f"{_way_out(question, design)}"
     )
 
 
-def coefficients(design: Design) -> int:
-    """Coefficients of one regression, effects of units included."""
-    units = 0 if design.unit is None else int(design.unit.max()) + 1
-    return int(design.controls.shape[1] + design.shocks.shape[1] + units)
+def coefficients(design: Design, used: Bool[ndarray, " N"]) -> int:
+    """Coefficients of the regression on the rows `used`, effects of units and dates included."""
+    count = design.controls.shape[1] + design.shocks.shape[1]
+    if design.unit is not None:
+        count += len(np.unique(design.unit[used]))
+    if design.date is not None:
+        count += max(len(np.unique(design.date[used])) - 1, 0)
+    return int(count)
 
 
 # --- parts --------------------------------------------------------------------------------
+
+
+def _way_out(question: Question, design: Design) -> str:
+    """What would leave enough rows."""
+    alone = rows_by_horizon(design, "available").T
+    fits = [
+        h
+        for h, rows in zip(question.horizons, alone, strict=True)
+        if rows.sum() >= coefficients(design, rows) + SPARE
+    ]
+    if fits:
+        return f"the largest horizon that fits is {fits[-1]} (horizons=range({fits[-1] + 1}))"
+    known = len(design.right) - np.isnan(design.right).any(axis=1).sum()
+    if question.instruments and known < coefficients(design, alone[0]) + SPARE:
+        names = ", ".join(question.instruments)
+        return f"all of {names} are there in {known} rows only: drop the instrument that is short"
+    return "no horizon fits: use fewer lags or controls, or a longer table"
 
 
 def _outcomes(question: Question, series: Series) -> Float[ndarray, "N J H"]:
@@ -212,16 +242,36 @@ def _deterministic(question: Question, series: Series) -> tuple[list[ndarray], l
     """Constant and powers of time, which runs from -1 to 1; effects of units hold the constant."""
     period = series.period - series.period.min()
     time = 2 * period / max(int(period.max()), 1) - 1.0
-    held = len(series.units) > 1 and question.effects != "none"
+    held = _held(question, series)
     powers = {"n": (), "c": (0,), "ct": (0, 1), "ctt": (0, 1, 2)}[question.trend]
     chosen = [p for p in powers if not (held and p == 0)]
     return [time**p for p in chosen], [("constant", "trend", "trend^2")[p] for p in chosen]
 
 
+def _held(question: Question, series: Series) -> bool:
+    """Whether there are effects of units, which hold the constant."""
+    return len(series.units) > 1 and question.effects != "none"
+
+
+def _moves(question: Question, series: Series, weight: Float[ndarray, " N"]) -> bool:
+    """Whether the state moves within units, and differs within dates where these have effects.
+
+    Otherwise the effects hold its level too.
+    """
+    known = np.isfinite(weight)
+    groups = [series.unit, *([series.period] if question.effects == "unit+time" else [])]
+    return all(
+        any(np.ptp(weight[known & (group == g)]) > 0 for g in np.unique(group[known]))
+        for group in groups
+    )
+
+
 def _state(series: Series, term: Term, text: str) -> Float[ndarray, " N"]:
     weight = lagged(series, series.columns[term.column], term.lags[0])
+    if len(term.lags) != 1:
+        raise ValueError(f"state {text!r} is {len(term.lags)} columns: name one, as 'l(x, 1)'")
     found = weight[np.isfinite(weight)]
-    if len(term.lags) != 1 or not len(found) or (found < 0).any() or (found > 1).any():
+    if not len(found) or (found < 0).any() or (found > 1).any():
         low, high = (found.min(), found.max()) if len(found) else (np.nan, np.nan)
         raise ValueError(
             f"state {text!r} lies between {low:g} and {high:g}: it must be one column of "
@@ -237,13 +287,6 @@ def _by_state(
 ) -> tuple[Float[ndarray, "N k2"], tuple[str, ...]]:
     both = np.column_stack([values * weight[:, None], values * (1 - weight)[:, None]])
     return both, (*(f"{n} | {state}" for n in names), *(f"{n} | not {state}" for n in names))
-
-
-def _dates(series: Series) -> tuple[tuple[str, ...], Float[ndarray, "N D"]]:
-    """Indicators of all dates but the first."""
-    periods, first = np.unique(series.period, return_index=True)
-    names = tuple(f"date {series.labels[i]}" for i in first[1:])
-    return names, np.asarray(series.period[:, None] == periods[1:], dtype=float)
 
 
 def near(name: str, known: Sequence[str]) -> str:

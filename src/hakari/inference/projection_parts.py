@@ -10,7 +10,12 @@ from numpy import ndarray
 
 from hakari.inference.frisch_waugh import Concentrated, concentrate, refuse_dependent
 from hakari.inference.horseshoe import Horseshoe
-from hakari.inference.projection_design import Design, Question, rows_by_horizon
+from hakari.inference.projection_design import (
+    Design,
+    Question,
+    controls_on,
+    rows_by_horizon,
+)
 from hakari.inference.series import Series
 
 DETERMINISTIC = ("constant", "trend")  # how names of columns begin that are never shrunk
@@ -26,7 +31,7 @@ class Part:
 
 
 def concentrated_parts(
-    question: Question, design: Design, prior: Horseshoe | None
+    question: Question, design: Design, series: Series, prior: Horseshoe | None
 ) -> tuple[Part, ...]:
     """The horizons in groups that share rows, their controls concentrated out or shrunk.
 
@@ -40,9 +45,9 @@ def concentrated_parts(
     for horizons in groups.values():
         rows = np.flatnonzero(used[:, horizons[0]])
         unit = None if design.unit is None else _compact(design.unit[rows])
-        s, c = design.shocks[rows], design.controls[rows]
+        s, (c, controls) = design.shocks[rows], controls_on(design, rows, series)
         z = None if design.instruments is None else design.instruments[rows]
-        names = (design.shock_names, design.instrument_names, design.control_names)
+        names = (design.shock_names, design.instrument_names, controls)
         if prior is None:
             refuse_dependent(s, z, c, unit, names)
         y = design.outcomes[np.ix_(rows, np.arange(design.outcomes.shape[1]), np.array(horizons))]

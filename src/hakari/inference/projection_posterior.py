@@ -69,6 +69,20 @@ class ProjectionPosterior:
         return self.projection.names
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What was decided for the user, and what weakens the answer, in sentences."""
+        lp, out = self.projection, []
+        m = len(self.rows) - int(np.ptp(lp.series.period)) - 1
+        lagged = self.covariance.kind in ("hac", "driscoll-kraay")
+        if lagged and 4 * m * lp.shape[2] > max(lp.rows_used):
+            out.append(
+                f"covariance {self.covariance} takes in {m} lags over {lp.shape[2]} horizons from "
+                f"{max(lp.rows_used)} rows: its joint bands are too narrow in short samples; with "
+                "one lag more than the dynamics need, hc3 has no need of lags"
+            )
+        return (*lp.notes, *out)
+
+    @property
     def rates(self) -> tuple[float, ...]:
         """Learning rate of each response; 1 before `calibrate`."""
         found = tuple(one.rate for one in self.calibration)
@@ -174,7 +188,9 @@ class ProjectionPosterior:
         wide = np.concatenate(
             [leverage, np.repeat(leverage, columns - 1, axis=1)], axis=1
         )  # z y for each moment, then z s for each moment and shock
-        return score_rows(moments, wide, lp.coefficients, self.covariance, lp.series)
+        own = np.tile(lp.coefficients_by_horizon, len(lp.shocks))
+        counts = np.concatenate([own, np.repeat(own, columns - 1)])
+        return score_rows(moments, wide, counts, self.covariance, lp.series)
 
     def _check_updating(self) -> None:
         for path, updating in zip(self.paths, self.updating, strict=True):

@@ -144,7 +144,7 @@ def impulse_response(
         prior_draws=prior,
         narrowed=narrowed if json.loads(result.attrs["smoothed"]) else None,
         title="cumulative" if q.cumulative else "",
-        notes=lp.notes,
+        notes=tuple(json.loads(result.attrs["notes"])),
     )
 
 
@@ -183,7 +183,7 @@ def _attributes(
         "flat_sd": json.dumps(sd.tolist()),
         "rates": json.dumps(list(posterior.rates)),
         "rows": int(max(lp.rows_used)),
-        "notes": json.dumps(list(lp.notes)),
+        "notes": json.dumps(list(posterior.notes)),
         "inference_library": "hakari",
         "versions": json.dumps({p: version(p) for p in packages}),
         "python": platform.python_version(),

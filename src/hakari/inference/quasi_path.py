@@ -39,9 +39,15 @@ class QuasiPath:
 
     @cached_property
     def weight(self) -> Float[ndarray, "q q"]:
-        """hV⁻¹; by the pseudo-inverse where rows are fewer than coefficients."""
-        inverse: ndarray = np.linalg.pinv(self.covariance, rcond=1e-12, hermitian=True)
-        return self.precision * inverse
+        """hV⁻¹; by a generalised inverse where rows are fewer than coefficients.
+
+        Of the correlation: what is known almost exactly is not cut off beside what is not.
+        """
+        size = np.sqrt(np.diag(self.covariance))
+        size = np.where(size > 0, size, 1.0)
+        scale = np.multiply.outer(size, size)
+        inverse: ndarray = np.linalg.pinv(self.covariance / scale, rcond=1e-12, hermitian=True)
+        return self.precision * inverse / scale
 
     def log_likelihood(self, path: Float[ndarray, "N q"]) -> Float[ndarray, " N"]:
         """−½ (β − β̂)'hV⁻¹(β − β̂): the frozen quasi-likelihood, 0 at the estimate."""
@@ -150,13 +156,20 @@ class QuasiPath:
         return float(found.x)
 
     def _gcv(self, log_tau: Float[ndarray, " N"]) -> Float[ndarray, " N"]:
-        """Craven and Wahba (1979), of the estimates weighted by their covariance."""
-        form, (B, _, _) = self._form, self._diagonal
-        fitted = self.conditional_mean(log_tau)
-        loss = -2 * self.log_likelihood(fitted)
+        """Craven and Wahba (1979), of the estimates weighted by their covariance.
+
+        Loss and residual degrees of freedom both vanish as τ grows, so neither may be a
+        difference: residual β̂ − E[β | τ] = B(cut·c + B'fixed(β̂ − mean)), cut = 1 − shrinkage,
+        and B'(hV⁻¹ + fixed)B = I.
+        """
+        form, (B, D, c) = self._form, self._diagonal
+        cut = D / (D + np.exp(np.minimum(2 * np.asarray(log_tau), 600.0))[:, None])
+        residual = cut * c + B.T @ (form.fixed @ (self.estimate - form.mean))
+        loss = np.einsum("nk,kl,nl->n", residual, B.T @ self.weight @ B, residual)
         share = np.einsum("qk,qp,pk->k", B, self.weight, B)  # trace of the smoother, by direction
-        freedom = len(form.mean) - (self.shrinkage(log_tau) * share).sum(axis=1)
-        return np.asarray(len(form.mean) * loss / np.maximum(freedom, 1e-9) ** 2)
+        held = np.einsum("qk,qp,pk->k", B, form.fixed, B)
+        freedom = cut @ share + held.sum()
+        return np.asarray(len(form.mean) * loss / freedom**2)
 
     @cached_property
     def tau_grid(self) -> tuple[Float[ndarray, " G"], Float[ndarray, " G"]]:
@@ -216,9 +229,11 @@ class QuasiPath:
         if not self.form.sampled:
             own = self.form.log_path(path, np.full(len(path), self.chosen))
             return np.asarray(likelihood + own)
-        nodes = self.tau_grid[0][::8]
-        hyper = self.form.log_hyper(nodes)
         rank, gap = len(self.form.root), path - self.form.mean
+        nodes = self.tau_grid[0]
+        width = 0.7 / np.sqrt(rank)  # of τ given a path, about: the trapezoid rule needs no finer
+        nodes = nodes[:: max(1, int(width / (nodes[1] - nodes[0])))]
+        hyper = self.form.log_hyper(nodes)
         rough = ((gap @ self.form.root.T) ** 2).sum(axis=1)
         held = np.einsum("nq,qp,np->n", gap, self.form.fixed, gap)
         by_node = hyper - rank * nodes - 0.5 * rough[:, None] * np.exp(-2 * nodes)

@@ -7,17 +7,27 @@ lag is a shift of rows: what would break this (gaps, copies, disorder) is refuse
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from numbers import Number
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from numpy import ndarray
 
+from hakari.inference.dates import (
+    INDEX,
+    Panel,
+    clock_of,
+    coarse,
+    counted,
+    numbers_of,
+    refuse_disorder,
+    refuse_missing,
+    regular,
+)
 from hakari.inference.tables import Wanted, as_frame, open_table
 
 
@@ -130,29 +140,38 @@ def refuse_interior_gaps(series: Series, names: Iterable[str]) -> tuple[str, ...
     a unit's first and last, and for a column without any.
     """
     notes: list[str] = []
-    edges = [edges(series.unit, side) for side in ("start", "end")]
     for name in dict.fromkeys(names):
-        there = np.flatnonzero(~np.isnan(series.columns[name]))
-        if not len(there):
-            raise ValueError(f"{name} has no values in {len(series.unit)} rows: drop it")
-        unit = series.unit[there]
-        missing = np.where(np.diff(unit) == 0, np.diff(there) - 1, 0)
-        if missing.any():
-            raise ValueError(
-                f"{name} is missing at {_place(series, int(there[missing.argmax()]) + 1)}, one of "
-                f"{missing.sum()} missing values between its first and its last: fill them, or "
-                "cut the table to a stretch without them"
-            )
-        for verb, side, edge in zip(("starts", "ends"), ("start", "end"), edges, strict=True):
-            inside = np.setdiff1d(there[edges(unit, side)], edge)
-            if len(inside):
-                more = f", and inside the table in {len(inside) - 1} more units"
-                notes.append(
-                    f"{name} {verb} at {_place(series, int(inside[0]))}{more * (len(inside) > 1)}"
-                )
-        if without := len(series.units) - len(np.unique(unit)):
-            notes.append(f"{name} has no values in {without} of {len(series.units)} units")
+        missing = np.isnan(series.columns[name])
+        if missing.any():  # most columns are complete, and bootstraps ask thousands of times
+            notes += _edge_notes(series, name, np.flatnonzero(~missing))
     return tuple(notes)
+
+
+def _edge_notes(series: Series, name: str, there: Int[ndarray, " n"]) -> list[str]:
+    """As `refuse_interior_gaps`, of one column with values in these rows only."""
+    if not len(there):
+        raise ValueError(f"{name} has no values in {len(series.unit)} rows: drop it")
+    unit = series.unit[there]
+    new = unit[1:] != unit[:-1]
+    holes = np.where(new, 0, np.diff(there) - 1)
+    if holes.any():
+        raise ValueError(
+            f"{name} is missing at {_place(series, int(there[holes.argmax()]) + 1)}, one of "
+            f"{holes.sum()} missing values between its first and its last: fill them, or "
+            "cut the table to a stretch without them"
+        )
+    notes, around = [], np.append(series.unit, -1)  # row -1 and row N belong to no unit
+    first, last = there[np.append(True, new)], there[np.append(new, True)]
+    for verb, at, step in (("starts", first, -1), ("ends", last, 1)):
+        inside = at[around[at + step] == around[at]]
+        if len(inside):
+            more = f", and inside the table in {len(inside) - 1} more units"
+            notes.append(
+                f"{name} {verb} at {_place(series, int(inside[0]))}{more * (len(inside) > 1)}"
+            )
+    if without := len(series.units) - len(first):
+        notes.append(f"{name} has no values in {without} of {len(series.units)} units")
+    return notes
 
 
 def _place(series: Series, row: int) -> str:
