@@ -39,6 +39,8 @@ bench: setup
 	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/moe.py
 	$(BIN)/python benchmarks/routers.py
+	$(BIN)/python benchmarks/lp_coverage.py
+	$(BIN)/python benchmarks/local_projections.py
 
 clean:
 	rm -rf $(VENV) site runs .pytest_cache .mypy_cache .ruff_cache

@@ -26,6 +26,16 @@ from hakari.training.config import from_dict, load
 from .conftest import hakari
 
 CARD = ["Card: one instrument", "Card: two instruments"]
+MACRO = [
+    "Monetary policy: responses to a rate rise",
+    "Question",
+    "What the data say",
+    "Responses",
+    "The prior's share",
+    "Learning rates",
+    "Diagnostics",
+    "How to repeat",
+]
 TRAINING = ["Training: a mixture of experts", "The run", "Experts", "What it writes"]
 SECTIONS = [
     "Question",
@@ -49,7 +59,7 @@ def test_numbers_are_linearmodels(demo):
     done, _ = demo
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["chapters"]
-    assert list(found) == ["card-nearc4", "card-nearc2-nearc4", "moe"]
+    assert list(found) == ["card-nearc4", "card-nearc2-nearc4", "monetary-policy", "moe"]
     for name, excluded in (("card-nearc4", "nearc4"), ("card-nearc2-nearc4", "nearc2 + nearc4")):
         formula = f"lwage ~ 1 + exper + expersq + black + south + smsa + [educ ~ {excluded}]"
         for label, model in (("IV-GMM", IVGMM), ("CUE", IVGMMCUE)):
@@ -78,6 +88,9 @@ def test_the_run_folder_loads(demo):
     for name in ("card-nearc4", "card-nearc2-nearc4"):
         assert hi.load(run / f"{name}.nc").attrs["rows"] == 3010
         assert (run / f"{name}.csv").is_file()
+    assert hi.load(run / "monetary-policy.nc").attrs["rows"] == 179
+    for end in ("csv", "png", "pdf"):
+        assert (run / f"monetary-policy.{end}").is_file()
 
 
 def test_the_demo_trains_the_example():
@@ -137,7 +150,8 @@ def test_the_report_is_self_contained(report):
     text = report.read_text()
     page = Page(text)
     assert page.title.strip() == "hakari demo: each system on real data"
-    assert page.headings == [h for chapter in CARD for h in (chapter, *SECTIONS)] + TRAINING
+    cards = [h for chapter in CARD for h in (chapter, *SECTIONS)]
+    assert page.headings == cards + MACRO + TRAINING
     assert all(address.startswith("data:") for address in page.loads)
     assert page.loads.count("data:,") == 1
     assert len([a for a in page.loads if a.startswith("data:image/svg")]) >= 8

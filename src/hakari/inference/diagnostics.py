@@ -146,6 +146,7 @@ def convergence_notes(result: xr.DataTree) -> list[str]:
     """What speaks against trusting the draws; empty when R-hat, ESS and movement are sound."""
     frame = summary(result)
     notes = list(frame.attrs["notes"])
+    frame = frame[frame["sd"] > 0]  # what is known without error does not move
     if frame["r_hat"].isna().any():
         return notes or ["R-hat could not be computed"]
     if frame["r_hat"].max() > 1.01:

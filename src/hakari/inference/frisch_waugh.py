@@ -19,6 +19,7 @@ from numpy import ndarray
 
 from hakari.inference.design import involved, refuse_collinear
 
+EXACT = 1e-10  # relative size of what is rounding: an outcome that the regressors are
 EXPLAINED = 1e-13  # a shock whose unexplained share is smaller is a function of the controls
 DEPENDENT = 1e-11  # smallest singular value of controls of length 1 that still is one
 _WAYS = (
@@ -53,7 +54,9 @@ class Concentrated:
     @cached_property
     def residual(self) -> Float[ndarray, "n Q"]:
         """ỹ − s̃'β̂."""
-        return np.asarray(self.y - self.s @ self.estimate)
+        left = np.asarray(self.y - self.s @ self.estimate)
+        size = (self.y**2).sum(axis=0)  # a shock's own response at once leaves nothing
+        return np.where((left**2).sum(axis=0) <= EXACT**2 * size, 0.0, left)
 
     @cached_property
     def influence(self) -> Float[ndarray, "n S Q"]:
@@ -74,7 +77,7 @@ def concentrate(
     `refuse_dependent`.
     """
     every = s if z is None else z
-    leverage = np.zeros(len(y))
+    leverage, size = np.zeros(len(y)), (y**2).sum(axis=0)
     if unit is not None:
         counts = np.bincount(unit)
         leverage += 1 / counts[unit]
@@ -84,6 +87,7 @@ def concentrate(
         q, _ = np.linalg.qr(c)
         leverage += (q**2).sum(axis=1)
         y, s, every = (p - q @ (q.T @ p) for p in (y, s, every))
+    y = np.where((y**2).sum(axis=0) < EXACT**2 * size, 0.0, y)  # a control is its own outcome
     first = every if every.shape[1] == s.shape[1] else s - _left(s, every)
     q, _ = np.linalg.qr(first)
     return Concentrated(y, s, first, every, np.minimum(leverage + (q**2).sum(axis=1), 1.0))
@@ -101,7 +105,7 @@ def refuse_dependent(
     names: of shocks, instruments and controls.
     """
     shock_names, instrument_names, control_names = names
-    total = {"shock": _variation(s), "instrument": None if z is None else _variation(z)}
+    total = {"shock": _variation(s), "instrument": _variation(s if z is None else z)}
     _refuse_constant(s, shock_names, "shock")
     if z is not None:
         _refuse_constant(z, instrument_names, "instrument")

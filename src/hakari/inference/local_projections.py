@@ -312,13 +312,15 @@ class LocalProjection:
         make = concentrated_moments if concentrated else stacked_moments
         return make(self, response or self.question.response[0], covariance)
 
-    def first_stage(self, covariance: str = "hc3") -> pd.DataFrame:
+    def first_stage(self, covariance: str | ScoreCovariance = "hc3") -> pd.DataFrame:
         """Effective F of the instruments at each horizon."""
         from hakari.inference.projection_instruments import first_stages
 
         return first_stages(self, covariance)
 
-    def anderson_rubin(self, level: float = 0.9, covariance: str = "hc3") -> pd.DataFrame:
+    def anderson_rubin(
+        self, level: float = 0.9, covariance: str | ScoreCovariance = "hc3"
+    ) -> pd.DataFrame:
         """Anderson-Rubin set at each horizon: it covers however weak the instruments are."""
         from hakari.inference.projection_instruments import anderson_rubin_bands
 
@@ -351,8 +353,7 @@ class LocalProjection:
 
 
 def _names(what: str, given: str | Sequence[str]) -> tuple[str, ...]:
-    many = isinstance(given, Iterable) and not isinstance(given, str | bytes)
-    names = tuple(given) if many else (given,)
+    names = (given,) if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
     for name in names:
         if not isinstance(name, str):
             raise TypeError(f"{what} {name!r} is not text: name a column, or a list of columns")
@@ -363,9 +364,10 @@ def _names(what: str, given: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _horizons(given: int | Iterable[int]) -> tuple[int, ...]:
-    many = isinstance(given, Iterable)
-    found = tuple(given) if many else ()
-    if isinstance(given, int | np.integer):
+    found: tuple[int, ...] = ()
+    if isinstance(given, Iterable):
+        found = tuple(given)
+    elif isinstance(given, int | np.integer):
         found = tuple(range(given + 1))
     whole = all(isinstance(h, int | np.integer) for h in found)
     if not found or not whole or min(found) < 0 or list(found) != sorted(set(found)):

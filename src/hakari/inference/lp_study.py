@@ -27,7 +27,7 @@ from hakari.inference.local_projections import LocalProjection
 from hakari.inference.path_prior import GaussianProcess, PathPrior, RoughnessPenalty
 from hakari.inference.prior import Flat, Normal
 from hakari.inference.projection_instruments import anderson_rubin_bands, first_stages
-from hakari.inference.projection_posterior import EXACT, ProjectionPosterior
+from hakari.inference.projection_posterior import ProjectionPosterior
 from hakari.inference.sampling import sample
 
 _GRAINS = ((r"\d{4}-\d{2}", "month"), (r"\d{4}Q\d", "quarter"), (r"\d{4}", "year"))
@@ -307,7 +307,6 @@ def _findings(study: Study, posterior: ProjectionPosterior, result: xr.DataTree)
     irf = lp.impulse_response(result, study.size)
     size = _size(lp, cast(ndarray, irf.estimate))
     known = _known(posterior)
-    irf = _settled(irf, known, posterior)
     moving = _without(result, known)
     one = bool(study.instrument) and lp.shape[1] == 1
     sets = _sets(lp, posterior, size, study.level) if one else None
@@ -340,32 +339,8 @@ def _size(lp: LocalProjection, scaled: ndarray) -> ndarray:
 
 def _known(posterior: ProjectionPosterior) -> Bool[ndarray, "R S H"]:
     """Responses without sampling error, as of a control to the shock at once."""
-    sd = np.sqrt(np.diag(posterior.joint_covariance)).reshape(len(posterior.paths), -1)
-    typical = np.array([np.median(row[row > 0]) if (row > 0).any() else 1.0 for row in sd])
-    return np.asarray((sd < EXACT * typical[:, None]).reshape(posterior.projection.shape))
-
-
-def _settled(
-    irf: ImpulseResponse, known: ndarray, posterior: ProjectionPosterior
-) -> ImpulseResponse:
-    """Known responses at their value in every draw; the share narrowed by the prior alone.
-
-    A learning rate widens the draws, so it is taken out of that share.
-    """
-    estimate = cast(ndarray, irf.estimate)
-    unit = np.abs(estimate).max(axis=-1, keepdims=True)
-    exact = np.where(np.abs(estimate) < EXACT * unit, 0.0, estimate)
-    narrowed = irf.narrowed
-    if narrowed is not None:
-        rates = np.array(posterior.rates)[:, None, None]
-        flat = np.array([path.form is None for path in posterior.paths])[:, None, None]
-        narrowed = np.where(known | flat, np.nan, 1 - (1 - narrowed) * np.sqrt(rates))
-    return replace(
-        irf,
-        draws=np.where(known, exact, irf.draws),
-        estimate=np.where(known, exact, estimate),
-        narrowed=narrowed,
-    )
+    exact = np.diag(posterior.joint_covariance) == 0
+    return np.asarray(exact.reshape(posterior.projection.shape))
 
 
 def _without(result: xr.DataTree, known: ndarray) -> xr.DataTree:

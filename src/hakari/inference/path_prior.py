@@ -24,6 +24,7 @@ from hakari.inference.projection_design import near
 
 Smoothness = float | Literal["half-cauchy", "gamma", "gcv", "marginal"]
 RULES = ("half-cauchy", "gamma", "gcv", "marginal")
+SPACINGS = ("even", "log", "marginal")
 LENGTHS = 12  # candidates for a process's length, from the horizons' spacing to their span
 
 
@@ -34,11 +35,13 @@ class RoughnessPenalty:
     smoothness: τ itself; `half-cauchy` or `gamma`: sampled; `gcv` or `marginal`: chosen by
     generalised cross-validation or the marginal quasi-likelihood. scale: of the half-Cauchy on τ.
     shape, rate: of the gamma on 1/τ². level: standard deviation of the height of what the
-    differences leave free (constant, line, parabola). τ, scale and level are in units of the
+    differences leave free (constant, line, parabola). spacing: distances of horizons, `even` as
+    they are, in `log`(1 + h), for paths that bend early and then flatten, or the likelier of the
+    two by the marginal quasi-likelihood. τ, scale and level are in units of the
     response's standard deviation over the shock's, given the controls.
 
-    >>> RoughnessPenalty(order=2)
-    RoughnessPenalty(order=2, smoothness='half-cauchy', scale=0.5, shape=1.0, rate=0.01, level=10.0)
+    >>> RoughnessPenalty(order=2)  # doctest: +ELLIPSIS
+    RoughnessPenalty(order=2, ..., spacing='even')
     """
 
     order: int = 2
@@ -47,6 +50,7 @@ class RoughnessPenalty:
     shape: float = 1.0
     rate: float = 0.01
     level: float = 10.0
+    spacing: Literal["even", "log", "marginal"] = "even"
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ def forms(
         return [_normal(prior, names)]
     _check_smoothness(prior)
     if isinstance(prior, RoughnessPenalty):
-        return [_roughness(prior, horizons, units)]
+        return _roughness(prior, horizons, units)
     if isinstance(prior, GaussianProcess):
         return _processes(prior, horizons, units)
     raise TypeError(
@@ -157,7 +161,7 @@ def by_response(
     return {name: prior.get(name, Flat()) for name in responses}
 
 
-def differences(horizons: Sequence[int], order: int) -> Float[ndarray, "d H"]:
+def differences(horizons: Sequence[float] | ndarray, order: int) -> Float[ndarray, "d H"]:
     """Differences of `order`, divided where horizons are unevenly spaced; of 1 if spaced by 1."""
     h = np.asarray(horizons, dtype=float)
     operator = np.eye(len(h))
@@ -199,7 +203,7 @@ def _normal(prior: Normal, names: Sequence[str]) -> PathForm:
 
 def _roughness(
     prior: RoughnessPenalty, horizons: Sequence[int], units: Float[ndarray, " S"]
-) -> PathForm:
+) -> list[PathForm]:
     if prior.order not in (1, 2, 3):
         raise ValueError(f"order {prior.order!r} of a roughness penalty: use 1, 2 or 3")
     if len(horizons) <= prior.order:
@@ -208,12 +212,24 @@ def _roughness(
             f"there are {len(horizons)}: lower the order or add horizons"
         )
     _positive("level", prior.level)
-    D = differences(horizons, prior.order)
+    if prior.spacing not in SPACINGS:
+        raise ValueError(f"spacing {prior.spacing!r}: use one of {', '.join(SPACINGS)}")
+    spacings = ("even", "log") if prior.spacing == "marginal" else (prior.spacing,)
+    return [_penalty(prior, horizons, units, spacing) for spacing in spacings]
+
+
+def _penalty(
+    prior: RoughnessPenalty, horizons: Sequence[int], units: Float[ndarray, " S"], spacing: str
+) -> PathForm:
+    at = np.asarray(horizons, dtype=float)
+    if spacing == "log":
+        bent = np.log1p(at)
+        at = bent * np.ptp(at) / np.ptp(bent)
+    D = differences(at, prior.order)
     free = null_space(D)
-    H = len(horizons)
     root = np.kron(np.diag(1 / units), D)
-    fixed = np.kron(np.diag(units**-2.0), free @ free.T) / (H * prior.level**2)
-    label = f"roughness of order {prior.order}"
+    fixed = np.kron(np.diag(units**-2.0), free @ free.T) / (len(at) * prior.level**2)
+    label = f"roughness of order {prior.order}" + " in log horizons" * (spacing == "log")
     return _form(prior, root, fixed, label)
 
 

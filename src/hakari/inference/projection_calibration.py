@@ -22,6 +22,7 @@ from numpy import ndarray
 from numpy.random import Generator
 from scipy.linalg import solve_discrete_lyapunov
 from scipy.stats import binom
+from threadpoolctl import threadpool_limits
 
 from hakari.inference.frisch_waugh import concentrate
 from hakari.inference.series import Series
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 class Rate:
     """Learning rate of one response, with a 90 % interval from the bootstrap's own error.
 
+    With weak instruments a rate above 1, which would narrow bands, is cut to 1.
     covered: share of bootstrap samples whose joint band at `level` held the truth before.
     """
 
@@ -153,18 +155,21 @@ def calibrate(
     chance = generator(seed, "calibration")
     truth, samples = _bootstrap(lp, chance, replications)
     statistic = np.empty((replications, lp.shape[0]))
-    with _bar(progress, replications) as tick:
+    with _bar(progress, replications) as tick, threadpool_limits(1, user_api="blas"):
         for b, series in enumerate(samples):
             statistic[b] = _distance(_again(plain, series), truth)
             tick()
     draws = sample(plain, draws=1000, seed=seed)["posterior"].dataset["theta"].values
     draws = draws.reshape(len(draws) * draws.shape[1], lp.shape[0], -1)
-    own = np.abs(draws - draws.mean(axis=0)) / draws.std(axis=0)
+    spread = draws.std(axis=0)
+    own = np.abs(draws - draws.mean(axis=0)) / np.where(spread > 0, spread, 1)
     critical = np.quantile(own.max(axis=2), level, axis=0)
-    return tuple(
+    weak = _weak(posterior)
+    found = [
         _rate(name, statistic[:, j], float(critical[j]), level)
         for j, name in enumerate(lp.question.response)
-    )
+    ]
+    return tuple(replace(r, rate=min(r.rate, 1.0)) if weak else r for r in found)
 
 
 # --- parts --------------------------------------------------------------------------------
@@ -187,6 +192,15 @@ def _check(posterior: ProjectionPosterior, level: float, replications: int) -> N
             raise ValueError(
                 f"calibrate() draws bootstrap samples from one VAR and is not for {what}"
             )
+
+
+def _weak(posterior: ProjectionPosterior) -> bool:
+    """Whether instruments are weak at some horizon: then no rate is let above 1."""
+    lp = posterior.projection
+    if not lp.question.instruments or lp.shape[1] > 1:
+        return False
+    stages = lp.first_stage(posterior.covariance)
+    return bool((stages["effective_f"] < stages["critical"]).any())
 
 
 def _bootstrap(
@@ -252,9 +266,10 @@ def _distance(
 ) -> Float[ndarray, " J"]:
     """max_h |mean − truth|/sd of each response."""
     out = []
-    for path, real in zip(posterior.paths, truth, strict=True):
+    varies = (np.diag(posterior.joint_covariance) > 0).reshape(len(posterior.paths), -1)
+    for path, real, moves in zip(posterior.paths, truth, varies, strict=True):
         mean, sd = path.moments
-        out.append(np.abs((mean - real.ravel()) / sd).max())
+        out.append(np.abs((mean - real.ravel())[moves] / sd[moves]).max())
     return np.array(out)
 
 

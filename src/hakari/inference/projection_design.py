@@ -159,7 +159,7 @@ def rows_by_horizon(design: Design, rule: SampleRule) -> Bool[ndarray, "N H"]:
     each = np.logical_and(np.asarray(known).reshape(-1, 1), complete)
     if rule == "common":
         each = np.repeat(each.all(axis=1)[:, None], each.shape[1], axis=1)
-    return each
+    return np.asarray(each)
 
 
 def refuse_few_rows(question: Question, design: Design, series: Series) -> None:
@@ -168,7 +168,7 @@ def refuse_few_rows(question: Question, design: Design, series: Series) -> None:
     short = [coefficients(design, rows) + SPARE - rows.sum() for rows in used.T]
     if max(short) <= 0:
         return
-    least = int(np.argmax(short))
+    least = len(short) - 1 - int(np.argmax(short[::-1]))  # the last: it makes the sample short
     count, needed = used[:, least].sum(), coefficients(design, used[:, least])
     raise ValueError(
         f"{count} rows are left for {needed} coefficients at horizon "

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
+from numpy import ndarray
 
 from hakari.inference.anderson_rubin import anderson_rubin
 from hakari.inference.influence import ScoreCovariance, lags, parse_scores
-from hakari.inference.instruments import first_stage_arrays
+from hakari.inference.instruments import Strength, first_stage_arrays
 from hakari.inference.moments import LinearMoments
 
 if TYPE_CHECKING:
@@ -52,10 +54,10 @@ def anderson_rubin_bands(
     spec, table = parse_scores(covariance), []
     for part in lp.parts:
         y = part.fit.y.reshape(len(part.rows), lp.shape[0], -1)
-        text = _text(lp, part, spec)
+        text, clusters = _equation(lp, part, spec)
         for j, response in enumerate(lp.question.response):
             for place, h in enumerate(part.horizons):
-                ends = _ends(y[:, j, place], part, text, level)
+                ends = _ends(y[:, j, place], part, text, clusters, level)
                 table.append((response, lp.shocks[0], lp.question.horizons[h], *ends))
     columns = ["response", "shock", "horizon", "lower", "upper", "pieces"]
     frame = pd.DataFrame(table, columns=columns)
@@ -74,7 +76,11 @@ def _refuse_without(lp: LocalProjection) -> None:
         raise ValueError("there are no instruments: this is a projection on the shock itself")
 
 
-def _ends(y, part: Part, covariance: str, level: float) -> tuple[float, float, int]:  # type: ignore[no-untyped-def]
+def _ends(
+    y: Float[ndarray, " n"], part: Part, covariance: str, clusters: ndarray | None, level: float
+) -> tuple[float, float, int]:
+    if not y.any():  # a control at once
+        return 0.0, 0.0, 1
     names = [f"z{m}" for m in range(part.fit.every.shape[1])]
     moments = LinearMoments.from_arrays(
         y,
@@ -83,6 +89,7 @@ def _ends(y, part: Part, covariance: str, level: float) -> tuple[float, float, i
         names=["shock"],
         instrument_names=names,
         covariance=covariance,
+        clusters=clusters,
     )
     found = anderson_rubin(moments, level)
     if not found.intervals:
@@ -90,20 +97,26 @@ def _ends(y, part: Part, covariance: str, level: float) -> tuple[float, float, i
     return found.intervals[0][0], found.intervals[-1][1], len(found.intervals)
 
 
-def _stage(lp: LocalProjection, part: Part, spec: ScoreCovariance):  # type: ignore[no-untyped-def]
+def _stage(lp: LocalProjection, part: Part, spec: ScoreCovariance) -> Strength:
     names = lp.design.instrument_names
+    text, clusters = _equation(lp, part, spec)
     found = first_stage_arrays(
         part.fit.s,
         part.fit.every,
         names=[lp.shocks[0]],
         instrument_names=names,
-        covariance=_text(lp, part, spec),
+        covariance=text,
+        clusters=clusters,
     )
     return found.stages[0]
 
 
-def _text(lp: LocalProjection, part: Part, spec: ScoreCovariance) -> str:
-    """The covariance of a single equation that comes closest: White's, or HAC with as many lags."""
-    if spec.kind != "hac" or len(lp.series.units) > 1:
-        return "robust"
-    return f"hac:{lags(spec, part.fit.every)}"
+def _equation(lp: LocalProjection, part: Part, spec: ScoreCovariance) -> tuple[str, ndarray | None]:
+    """The covariance of a single equation that comes closest: White's, HAC, or by unit."""
+    if spec.kind == "cluster":
+        return "cluster", lp.series.unit[part.rows]
+    if spec.kind == "driscoll-kraay":  # dates as clusters: no lags
+        return "cluster", lp.series.period[part.rows]
+    if spec.kind == "hac":
+        return f"hac:{lags(spec, part.fit.every)}", None
+    return "robust", None

@@ -127,12 +127,16 @@ def impulse_response(
     theta = result["posterior"].dataset["theta"].transpose("chain", "draw", "coefficient").values
     stats = result["sample_stats"].dataset
     flat_sd = np.array(json.loads(result.attrs["flat_sd"])).reshape(lp.shape)
-    draws = theta.reshape(-1, *lp.shape)
+    known = flat_sd == 0  # a control's response at once is 0, a shock's own is 1
+    draws = np.where(known, lp.estimate, theta.reshape(-1, *lp.shape))
     prior = None
     if "prior" in result.children:
         prior = result["prior"].dataset["theta"].values.reshape(-1, *lp.shape) * factor
     density = stats["lp"].values.reshape(len(draws), -1) if lp.shape[1] == 1 else None
-    narrowed = 1 - draws.std(axis=0, ddof=1) / flat_sd
+    rates = np.array(json.loads(result.attrs["rates"]))[:, None, None]
+    spread = draws.std(axis=0, ddof=1) * np.sqrt(rates)  # the rate's widening is not the prior's
+    smoothed = np.isin(lp.question.response, json.loads(result.attrs["smoothed"]))[:, None, None]
+    narrowed = np.where(known | ~smoothed, np.nan, 1 - spread / np.where(known, 1, flat_sd))
     q = lp.question
     return ImpulseResponse(
         draws * factor,
@@ -142,7 +146,7 @@ def impulse_response(
         estimate=lp.estimate * factor,
         log_density=density,
         prior_draws=prior,
-        narrowed=narrowed if json.loads(result.attrs["smoothed"]) else None,
+        narrowed=narrowed if smoothed.any() else None,
         title="cumulative" if q.cumulative else "",
         notes=tuple(json.loads(result.attrs["notes"])),
     )

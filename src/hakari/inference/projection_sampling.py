@@ -4,8 +4,10 @@
 from its marginal, then the path given it: independent draws of the frozen target. `gibbs`:
 smoothness given the path (conjugate), path given smoothness; `da-approx`: the multipliers of the
 full system as an autoregression, screened by the prior, without any inverse; `mh`: adaptive
-random walk (Haario, Saksman and Tamminen, 2001). All leave the same target invariant where the
-weighting is frozen; with continuous updating `concentrated` and `gibbs` correct for it.
+random walk (Haario, Saksman and Tamminen, 2001). All leave each response's target invariant where
+the weighting is frozen; with continuous updating `concentrated` and `gibbs` correct for it. The
+noise that responses share makes draws depend across them in `concentrated` and `gibbs`, in
+`da-approx` where priors are flat; `mh` walks each response by itself.
 local-projections.md 'Two simulators'.
 """
 

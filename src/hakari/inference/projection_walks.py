@@ -39,14 +39,7 @@ def tuned(posterior: ProjectionPosterior, method: str, chain: Chain, warmup: int
     if method == "gibbs":
         return replace(chain, state=(np.ones(J),))  # the half-Cauchy's auxiliary variable
     if method == "da-approx":
-        streams = chain.streams
-        multipliers = streams["noise"].standard_normal((J, len(posterior.noise_root)))
-        chain = replace(chain, state=(multipliers, np.ones(J), np.full(J, 0.5)))
-        chain = replace(chain, path=_paths_of(posterior, multipliers))
-        for _ in range(max(1, warmup // EVERY)):
-            chain, draws = walk(posterior, method, chain, EVERY)
-            chain = replace(chain, state=(*chain.state[:2], _retuned(chain.state[2], draws)))
-        return chain
+        return _begin_multipliers(posterior, chain, warmup)
     return _begin_walk(posterior, chain, warmup)
 
 
@@ -122,13 +115,35 @@ def _smoothness(
 # --- da-approx: multipliers ------------------------------------------------------------------
 
 
+def _begin_multipliers(posterior: ProjectionPosterior, chain: Chain, warmup: int) -> Chain:
+    """Multipliers of the chain's path, of which others leave the posterior slowly; then the steps.
+
+    A flat prior accepts all: its steps are whole, and draws independent.
+    """
+    multipliers = chain.streams["noise"].standard_normal((1, len(posterior.noise_root)))
+    multipliers = np.repeat(multipliers, len(posterior.paths), axis=0)
+    for j, part in enumerate(slices(posterior)):
+        path, root = posterior.paths[j], posterior.noise_root[:, part]
+        error = (chain.path[part] - path.estimate) * np.sqrt(path.precision)
+        multipliers[j] += np.linalg.lstsq(root.T, error - multipliers[j] @ root, rcond=None)[0]
+    step = np.array([1.0 if path.form is None else 0.5 for path in posterior.paths])
+    chain = replace(chain, state=(multipliers, np.ones(len(step)), step))
+    chain = replace(chain, path=_paths_of(posterior, multipliers))
+    for k in range(warmup // EVERY):
+        chain, draws = walk(posterior, "da-approx", chain, EVERY)
+        multipliers, auxiliary, step = chain.state
+        gain = 2 / np.sqrt(1 + k)  # less and less, so that the last one is no accident
+        chain = replace(chain, state=(multipliers, auxiliary, _retuned(step, draws, gain)))
+    return chain
+
+
 def _multipliers(posterior: ProjectionPosterior, chain: Chain) -> tuple[Chain, ndarray]:
     """θ = θ̂ + Ψ'ξ: an autoregression of ξ keeps the frozen quasi-likelihood, the prior screens."""
     streams = chain.streams
     multipliers, auxiliary, step = chain.state
-    fresh = streams["noise"].standard_normal(multipliers.shape)
+    fresh = streams["noise"].standard_normal(multipliers.shape[1])  # of all responses
     keep = np.sqrt(1 - step**2)[:, None]
-    proposed = keep * multipliers + step[:, None] * fresh
+    proposed = keep * multipliers + np.multiply.outer(step, fresh)
     theta = _paths_of(posterior, proposed)
     coins = np.log(streams["coins"].random(len(step)))
     path, log_tau, auxiliary = chain.path.copy(), chain.log_tau.copy(), auxiliary.copy()
@@ -161,69 +176,82 @@ def _paths_of(
     return out
 
 
-def _retuned(step: ndarray, draws: PathDraws) -> ndarray:
+def _retuned(step: ndarray, draws: PathDraws, gain: float) -> ndarray:
     """Longer steps where more than `TARGET` were accepted, shorter otherwise."""
     rate = draws.accepted.mean(axis=0)
-    return np.asarray(np.clip(step * np.exp(rate - TARGET), 1e-3, 1.0))
+    return np.asarray(np.clip(step * np.exp(gain * (rate - TARGET)), 1e-3, 1.0))
 
 
 # --- mh -----------------------------------------------------------------------------------
 
 
 def _begin_walk(posterior: ProjectionPosterior, chain: Chain, warmup: int) -> Chain:
-    """Covariance of the walk: of the Gaussian approximation, then of the chain's own past."""
-    roots = []
-    for path in posterior.paths:
-        size = len(path.estimate) + (path.form is not None and path.form.sampled)
-        root = np.eye(size)
-        root[: len(path.estimate), : len(path.estimate)] = np.diag(path.moments[1])
-        roots.append(root * 2.38 / np.sqrt(size))
-    chain = replace(chain, state=tuple(roots))
-    for _ in range(8):
-        moved, draws = _adaptive(posterior, chain, max(1, warmup // 8))
-        chain = replace(moved, state=tuple(_learned(posterior, draws, roots)))
-    return chain
-
-
-def _learned(
-    posterior: ProjectionPosterior, draws: PathDraws, first: list[ndarray]
-) -> list[ndarray]:
-    out = []
+    """Steps of each response's walk: of the Gaussian approximation, then of the chain's past."""
+    path, log_tau, roots = chain.path.copy(), chain.log_tau.copy(), []
     for j, part in enumerate(slices(posterior)):
-        size = len(first[j])
-        values = draws.theta[:, part]
-        if size > values.shape[1]:
-            values = np.column_stack([values, draws.log_tau[:, j]])
-        own = np.atleast_2d(np.cov(values.T)) + 1e-10 * np.diag(values.var(axis=0) + 1e-12)
-        if len(values) > 2 * size and draws.accepted[:, j].mean() > 0.01:
-            rate = draws.accepted[:, j].mean()
-            scale = 2.38 / np.sqrt(size) * np.exp(min(rate - 0.234, 0.5))
-            out.append(np.linalg.cholesky(own) * scale)
-        else:
-            out.append(first[j] * (0.3 if draws.accepted[:, j].mean() < 0.1 else 1.0))
-        first[j] = out[-1]
-    return out
+        axes = _axes(posterior.paths[j])
+        end, root = _learning_walk(
+            np.append(path[part], log_tau[j]),
+            axes,
+            *_chance(chain, warmup * axes.shape[1], axes.shape[1]),
+            *_arrays(posterior.paths[j]),
+        )
+        path[part], log_tau[j] = end[:-1], end[-1]
+        roots.append(root)
+    return replace(chain, path=path, log_tau=log_tau, state=tuple(roots))
+
+
+def _axes(path: QuasiPath) -> Float[ndarray, "K k"]:
+    """R with RR' the posterior covariance of β, and of log τ where it is sampled.
+
+    That of β is at the mean of log τ, plus what its mean moves with τ. Directions in which
+    nothing varies have no axis.
+    """
+    form, V = path.form, path.covariance
+    if form is not None:
+        nodes, share = np.array([path.chosen if not form.sampled else 0.0]), np.ones(1)
+        if form.sampled:
+            nodes, density = path.tau_grid
+            share = np.exp(density) * (nodes[1] - nodes[0])
+        rough = form.root.T @ form.root * np.exp(-2 * share @ nodes)
+        V = np.zeros((len(V) + form.sampled,) * 2)
+        q = len(form.mean)
+        V[:q, :q] = np.linalg.inv(path.weight + form.fixed + rough)
+        if form.sampled:
+            both = np.column_stack([path.conditional_mean(nodes), nodes])
+            both = both - share @ both
+            V += both.T @ (share[:, None] * both)
+    size = np.sqrt(np.diag(V))
+    scale = np.where(size > 0, size, 1.0)
+    values, vectors = np.linalg.eigh(V / np.multiply.outer(scale, scale))
+    kept = values > 1e-12 * values[-1]
+    return np.ascontiguousarray(scale[:, None] * vectors[:, kept] * np.sqrt(values[kept]))
 
 
 def _adaptive(posterior: ProjectionPosterior, chain: Chain, size: int) -> tuple[Chain, PathDraws]:
-    """A random walk on (β, log τ) of each response."""
+    """A random walk on (β, log τ) of each response: as many moves a draw as it has axes."""
     J = len(posterior.paths)
     theta, tau = np.empty((size, len(chain.path))), np.zeros((size, J))
     accepted = np.empty((size, J), dtype=bool)
     for j, part in enumerate(slices(posterior)):
         root = chain.state[j]
-        noise = chain.streams["noise"].standard_normal((size, len(root)))
-        coins = np.log(chain.streams["coins"].random(size))
-        values, accepted[:, j] = _random_walk(
+        moves = max(1, root.shape[1])
+        values, took = _random_walk(
             np.append(chain.path[part], chain.log_tau[j]),
             np.ascontiguousarray(root),
-            noise,
-            coins,
+            *_chance(chain, size * moves, root.shape[1]),
             *_arrays(posterior.paths[j]),
         )
+        values, accepted[:, j] = values[moves - 1 :: moves], took[moves - 1 :: moves]
         theta[:, part], tau[:, j] = values[:, :-1], values[:, -1]
     moved = replace(chain, path=theta[-1], log_tau=tau[-1])
     return moved, PathDraws(theta, tau, log_densities(posterior, theta), accepted)
+
+
+def _chance(chain: Chain, moves: int, axes: int) -> tuple[ndarray, ndarray]:
+    """Noise (moves, axes) and logs of coins (moves,)."""
+    noise = chain.streams["noise"].standard_normal((moves, axes))
+    return noise, np.log(chain.streams["coins"].random(moves))
 
 
 def _arrays(path: QuasiPath) -> tuple[ndarray, ndarray, ndarray, ndarray, ndarray, int, ndarray]:
@@ -263,6 +291,34 @@ def _random_walk(start, root, noise, coins, estimate, weight, rough, fixed, mean
             here, density = there, value
         out[i] = here
     return out, accepted
+
+
+@njit(cache=True, nogil=True)
+def _learning_walk(start, axes, noise, coins, estimate, weight, rough, fixed, mean, kind, hyper):  # type: ignore[no-untyped-def]
+    """Where a walk ends that learns its covariance and scale, ever more slowly, and its root.
+
+    Within `axes` (K, k): all past weighs the same, and what it starts with as 10 k iterations.
+    Haario, Saksman and Tamminen (2001); scale: Andrieu and Thoms (2008), algorithm 4.
+    """
+    N, k = noise.shape
+    here, at, centre = start.copy(), np.zeros(k), np.zeros(k)
+    covariance, factor = np.eye(k), np.eye(k)
+    log_scale = np.log(2.38 / np.sqrt(k))
+    density = _log_target(here, estimate, weight, rough, fixed, mean, kind, hyper)
+    for i in range(N):
+        step = np.exp(log_scale) * (factor @ noise[i])
+        there = here.copy()
+        there[: len(axes)] += axes @ step
+        gain = _log_target(there, estimate, weight, rough, fixed, mean, kind, hyper) - density
+        if coins[i] < gain:
+            here, at, density = there, at + step, density + gain
+        log_scale += (np.exp(min(gain, 0.0)) - 0.234) / (1 + i) ** 0.6
+        gap, share = at - centre, 1 / (1 + i + 10 * k)
+        centre += share * gap
+        covariance += share * (np.outer(gap, gap) - covariance)
+        if i % 20 == 19:
+            factor = np.linalg.cholesky(covariance)  # type: ignore[assignment]
+    return here, axes @ factor * np.exp(log_scale)
 
 
 @njit(cache=True, nogil=True)
