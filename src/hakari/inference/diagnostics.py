@@ -8,6 +8,7 @@ gives four chains of equal draws an effective sample size of all of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from math import exp, lgamma, log, pi
 from typing import Any
 
@@ -90,7 +91,7 @@ def multivariate_ess(
     signs, logs = np.linalg.slogdet(np.stack([spread, long_run]) / np.multiply.outer(unit, unit))
     if (signs <= 0).any():
         return without("the batch means' covariance is singular: draw more")
-    time = chains * draws / _arviz(theta)["ess_mean"].min()  # integrated autocorrelation
+    time = chains * draws / np.nanmin(_arviz(theta)["ess_mean"])  # integrated autocorrelation
     if size < 2 * time:
         return without(
             f"batches of {size} draws are short against an autocorrelation time of {time:.0f}: "
@@ -146,7 +147,8 @@ def convergence_notes(result: xr.DataTree) -> list[str]:
     """What speaks against trusting the draws; empty when R-hat, ESS and movement are sound."""
     frame = summary(result)
     notes = list(frame.attrs["notes"])
-    frame = frame[frame["sd"] > 0]  # what is known without error does not move
+    moves = frame["sd"] > 1e-12 * frame["mean"].abs()
+    frame = frame[moves]  # what is known without error does not move
     if frame["r_hat"].isna().any():
         return notes or ["R-hat could not be computed"]
     if frame["r_hat"].max() > 1.01:
@@ -176,15 +178,20 @@ def _arviz(theta: Float[ndarray, "chains draws K"]) -> dict[str, ndarray]:
     from arviz_stats.base import array_stats
 
     axes = {"chain_axis": 0, "draw_axis": 1}
+    found = {
+        "ess_mean": partial(array_stats.ess, method="mean"),
+        "ess_bulk": partial(array_stats.ess, method="bulk"),
+        "ess_tail": partial(array_stats.ess, method="tail", prob=(0.05, 0.95)),
+        "mcse_mean": partial(array_stats.mcse, method="mean"),
+        "r_hat": partial(array_stats.rhat, method="rank"),
+    }
     columns = [np.ascontiguousarray(theta[:, :, k]) for k in range(theta.shape[2])]
+    moves = [np.ptp(c) > 0 for c in columns]  # what is known without error has no statistics
     return {
-        "ess_mean": np.array([float(array_stats.ess(c, method="mean", **axes)) for c in columns]),
-        "ess_bulk": np.array([float(array_stats.ess(c, method="bulk", **axes)) for c in columns]),
-        "ess_tail": np.array(
-            [float(array_stats.ess(c, method="tail", prob=(0.05, 0.95), **axes)) for c in columns]
-        ),
-        "mcse_mean": np.array([float(array_stats.mcse(c, method="mean", **axes)) for c in columns]),
-        "r_hat": np.array([float(array_stats.rhat(c, method="rank", **axes)) for c in columns]),
+        name: np.array(
+            [float(f(c, **axes)) if m else np.nan for c, m in zip(columns, moves, strict=True)]
+        )
+        for name, f in found.items()
     }
 
 
