@@ -33,11 +33,12 @@ class RankOne:
     def log_likelihood(self, path: Float[ndarray, "N q"]) -> Float[ndarray, " N"]:
         """Log quasi-likelihood of each row, up to a constant."""
         x = solve_triangular(self.root, (path - self.centre).T, lower=True).T
-        size = (x**2).sum(axis=1)
-        along = x @ self.f - self.slope * size
-        gap = ((self.f - self.slope * x) ** 2).sum(axis=1)
-        lift = 1 + self.d * size
-        found = -0.5 * self.precision * (gap - self.d * along**2 / lift)
+        size = np.sqrt((x**2).sum(axis=1))
+        along = x @ self.f / np.where(size > 0, size, 1)
+        lift = 1 + self.d * size**2
+        # across x nothing is lifted; far out the sum of both parts would cancel
+        across = self.f @ self.f - along**2
+        found = -0.5 * self.precision * (across + (along - self.slope * size) ** 2 / lift)
         return np.asarray(found - 0.5 * self.determinant * np.log(lift))
 
 

@@ -114,9 +114,8 @@ class LocalProjection:
         _check(question)
         read = isinstance(data, Series)
         series = data if read else read_series(data, question.columns, time, unit)
-        gaps = refuse_interior_gaps(
-            series, [c for c in question.columns if c not in question.instruments]
-        )
+        whole = [name for name in question.columns if name not in question.instruments]
+        gaps = refuse_interior_gaps(series, whole)
         self.series: Series = series
         self.design: Design = build(question, series)
         self.controls_prior = controls_prior
@@ -181,8 +180,8 @@ class LocalProjection:
     @cached_property
     def coefficients_by_horizon(self) -> Int[ndarray, " H"]:
         """The same at each horizon: later ones may have fewer dates, and fewer effects of them."""
-        used = rows_by_horizon(self.design, self.question.sample)
-        return np.array([coefficients(self.design, rows) for rows in used.T])
+        used = rows_by_horizon(self.design, self.question.sample).T
+        return np.array([coefficients(self.design, rows) for rows in used])
 
     @property
     def rows_used(self) -> tuple[int, ...]:
@@ -216,9 +215,8 @@ class LocalProjection:
         """Leverage of the rows at each horizon; 0 where a row is not used, and only there."""
         out = np.zeros((len(self.series.period), self.shape[2]))
         for part in self.parts:
-            out[np.ix_(part.rows, np.array(part.horizons))] = np.maximum(
-                part.fit.leverage, np.finfo(float).tiny
-            )[:, None]
+            found = np.maximum(part.fit.leverage, np.finfo(float).tiny)
+            out[np.ix_(part.rows, np.array(part.horizons))] = found[:, None]
         return out
 
     @cached_property

@@ -231,7 +231,8 @@ class QuasiPath:
             return np.asarray(likelihood + own)
         rank, gap = len(self.form.root), path - self.form.mean
         nodes = self.tau_grid[0]
-        width = 0.7 / np.sqrt(rank)  # of τ given a path, about: the trapezoid rule needs no finer
+        peaked = rank + (2 * self.form.shape if self.form.smoothness == "gamma" else 1)
+        width = 0.7 / np.sqrt(peaked)  # sd of log τ given a path: trapezoids need no finer nodes
         nodes = nodes[:: max(1, int(width / (nodes[1] - nodes[0])))]
         hyper = self.form.log_hyper(nodes)
         rough = ((gap @ self.form.root.T) ** 2).sum(axis=1)
