@@ -10,7 +10,7 @@ import pytest
 
 import hakari.inference as hi
 from benchmarks.lp_designs import var1
-from hakari.inference import continuous_updating
+from hakari.inference import continuous_updating, projection_sampling
 from hakari.inference.continuous_updating import ByRows, rank_one
 from hakari.inference.influence import moving_sums
 from hakari.inference.projection_moments import gaussian_prior
@@ -117,16 +117,19 @@ def test_a_wrong_sign_in_sherman_and_morrison_would_be_seen():
 
 
 def test_the_criterion_is_bounded_by_the_shocks_own_moments():
-    """−2 log L → h b̄²/d far out along any ray; about n/3 of a Gaussian shock."""
+    """−2 log L/h → b̄²/d far out along f, and |f|² more across it; about n/3 of a Gaussian shock."""
     posterior = projection(T=3000).posterior(
         hi.RoughnessPenalty(1, 0.3), "hc0", weighting="continuous", determinant=False
     )
     form = posterior.updating[0]
     n = posterior.projection.rows_used[0]
-    ray = np.random.default_rng(3).standard_normal((3, len(form.centre)))
-    far = -2 * form.log_likelihood(form.centre + 1e8 * ray) / form.precision
-    np.testing.assert_allclose(far, form.slope**2 / form.d, rtol=1e-6)
-    assert far[0] == pytest.approx(n / 3, rel=0.1)
+    size, bound = form.f @ form.f, form.slope**2 / form.d
+    across = np.linalg.svd(form.f[None])[2][1:]
+    rays = np.concatenate([form.f[None] / np.sqrt(size), across]) @ form.root.T
+    far = -2 * form.log_likelihood(form.centre + 1e8 * rays) / form.precision
+    np.testing.assert_allclose(far, [bound, *[bound + size] * 3], rtol=1e-6)
+    assert bound == pytest.approx(n / 3, rel=0.1)
+    assert size < 20
 
 
 @pytest.mark.parametrize("H", [12, 24])
@@ -271,8 +274,8 @@ def test_kernels_agree_with_the_general_one(smoothed, reference, method):
 
 
 def test_proposals_without_the_student_term_fail(smoothed, reference, monkeypatch):
-    from hakari.inference import projection_sampling
-
+    monkeypatch.setattr(projection_sampling, "DF", 3.0)  # wide enough to be seen
+    assert gap(unfactored(smoothed), "concentrated", reference) < 4.5
     monkeypatch.setattr(
         projection_sampling,
         "_gaussian_over_student",

@@ -306,8 +306,12 @@ def test_covariances_of_one_series_are_refused_in_panels():
     with pytest.raises(ValueError, match="'hac' is for one series: use driscoll-kraay"):
         on_panel().standard_errors("hac")
     with pytest.raises(ValueError, match="'cluster' with 4 units: use driscoll-kraay"):
-        on_panel(panel(4)).posterior()
-    assert str(on_panel().posterior().covariance) == "cluster"
+        on_panel(panel(4)).standard_errors("cluster")
+
+
+def test_default_covariance_of_a_panel_goes_by_its_units():
+    for units, kind in ((9, "driscoll-kraay:auto"), (10, "cluster")):
+        assert str(on_panel(panel(units)).posterior().covariance) == kind
 
 
 def test_what_effects_of_units_hold_is_refused():

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from hakari.inference.horseshoe import Horseshoe
     from hakari.inference.impulse_response import ImpulseResponse
 
+FEW_UNITS = 10  # below, clusters are too few to tell a variance from
+
 
 class LocalProjection:
     """Responses of variables to a shock over horizons, from a table of time series or a panel.
@@ -289,11 +291,13 @@ class LocalProjection:
 
         prior: `Flat()`, `Normal`, `RoughnessPenalty`, `GaussianProcess`, or a dict by response.
         covariance: `hc3` (the default for one series: White's with leverages), `hc1`, `hc0`,
-            `hac`, `hac:BANDWIDTH`; in panels `cluster` (the default), `driscoll-kraay`.
+            `hac`, `hac:BANDWIDTH`; in panels `cluster` (the default from 10 units on),
+            `driscoll-kraay` (with fewer).
         weighting: `frozen` at the estimate, or `continuous`. determinant: of continuous weighting.
         shrinkage: `ledoit-wolf` shrinks the correlation of the estimates towards none.
         """
-        default = "cluster" if len(self.series.units) > 1 else "hc3"
+        units = len(self.series.units)
+        default = "hc3" if units == 1 else "cluster" if units >= FEW_UNITS else "driscoll-kraay"
         spec = parse_scores(covariance or default)
         return ProjectionPosterior(self, spec, prior, weighting, determinant, shrinkage)
 
