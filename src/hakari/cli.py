@@ -41,7 +41,7 @@ PROJECTION = Group.create_ordered(
 )
 PATHS = Group.create_ordered(
     "Prior and form of the posterior of responses",
-    help="For example: --prior 'roughness(order=2, smoothness=gcv)' --prior 'ebp=flat' --calibrate",
+    help="For example: --prior 'roughness(order=2, smoothness=gcv)' --prior 'ebp=flat'",
 )
 OUTPUT = Group.create_ordered(
     "Output", help="For example: --out runs/schooling --json > answer.json"
@@ -180,7 +180,8 @@ def lp(
     covariance: Annotated[str, Parameter(group=PATHS, show_default=False)] = "",
     weighting: Annotated[Literal["frozen", "continuous"], Parameter(group=PATHS)] = "frozen",
     shrinkage: Annotated[Literal["none", "ledoit-wolf"], Parameter(group=PATHS)] = "none",
-    calibrate: Annotated[bool, Parameter(group=PATHS)] = False,
+    controls_prior: Annotated[Literal["none", "horseshoe"], Parameter(group=PATHS)] = "none",
+    calibrate: Annotated[bool | None, Parameter(group=PATHS, show_default=False)] = None,
     draws: Annotated[int, Parameter(group=SAMPLER)] = 2000,
     chains: Annotated[int, Parameter(group=SAMPLER)] = 4,
     seed: Annotated[int, Parameter(group=SAMPLER)] = 1,
@@ -234,8 +235,8 @@ def lp(
     prior: tuple
         Repeatable. roughness (the default: differences of order 2 shrunk, their scale
         half-Cauchy), process (Matérn), normal(MEAN, SD), flat; with options as in
-        'roughness(order=2, smoothness=gcv)', or on one response: 'ebp=flat'. Responses that none
-        names have the default.
+        'roughness(order=2, smoothness=gcv, spacing=log)', or on one response: 'ebp=flat'.
+        Responses that none names have the default.
     covariance: str
         Over horizons: hc3 (the default for one series), hc0, hc1, hac, hac:BANDWIDTH; in
         panels cluster (the default) or driscoll-kraay.
@@ -243,8 +244,11 @@ def lp(
         frozen at the estimate, or continuous (updated with the responses).
     shrinkage: str
         ledoit-wolf shrinks the correlation of the estimates towards none.
+    controls_prior: str
+        horseshoe shrinks the controls, of which there may be more than rows.
     calibrate: bool
-        Widen the posterior until its joint bands cover in bootstrap samples.
+        Scale the posterior until its joint bands cover in bootstrap samples: the default where
+        it applies (one series, no state, leads or shrunk controls, frozen weighting).
     draws: int
         Kept draws of each chain.
     chains: int
@@ -288,6 +292,7 @@ def lp(
         covariance,
         weighting,
         shrinkage,
+        controls_prior,
         calibrate,
         level,
         band,

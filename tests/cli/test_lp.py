@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,7 +16,7 @@ from hakari import cli
 from hakari.inference import sampling
 from hakari.inference.bands import KINDS
 from hakari.inference.lp_command import command_line
-from hakari.inference.lp_report import answer_of, instruments_say, prior_says
+from hakari.inference.lp_report import answer_of, cost_says, instruments_say, prior_says, rates_say
 from hakari.inference.lp_study import Study, find, parse_path_priors
 
 from .conftest import hakari
@@ -75,6 +77,7 @@ def test_text_says_what_the_process_does(from_csv):
     assert "• A rise of e by 1 lowers r: by" in said
     assert "The 90% simultaneous band excludes 0 at quarters 0" in said
     assert "Prior: roughness of order 2 on every response" in said
+    assert "Bands are calibrated by a bootstrap: those of y are" in said
     assert "The draws are sound" in said
 
 
@@ -84,7 +87,8 @@ def test_numbers_are_those_of_the_library_and_of_the_truth(from_csv, folder):
     lp = hi.LocalProjection(
         table(), ["y", "r"], "e", lags=2, horizons=H, shock_lags=0, time=["year", "quarter"]
     )
-    result = hi.sample(lp.posterior(hi.RoughnessPenalty()), seed=1)
+    posterior = lp.posterior(hi.RoughnessPenalty()).calibrate(0.9, seed=1)
+    result = hi.sample(posterior, seed=1)
     ours = lp.impulse_response(result).to_dataframe()
     for column in ("mean", "sd", "lower_joint", "upper_pointwise", "estimate", "narrowed"):
         np.testing.assert_allclose(frame[column], ours[column], rtol=1e-9, atol=1e-12)
@@ -102,10 +106,13 @@ def test_config_repeats_the_run(from_csv, folder):
     assert config["model"]["time"] == ["year", "quarter"]
     assert config["posterior"]["prior_resolved"] == dict.fromkeys("yr", "roughness of order 2")
     assert config["posterior"]["covariance_resolved"] == "hc3"
+    assert config["posterior"]["calibrate"] is True
+    assert len(config["posterior"]["learning_rates"]) == 2
     assert config["sampler"]["seed"] == 1
     assert {"hakari", "python", "scipy"} <= set(config["versions"])
     report = (folder / "text" / "report.html").read_text()
-    for heading in ("Question", "What the data say", "Responses", "How to repeat"):
+    shown = ("Question", "What the data say", "Responses", "Learning rates", "How to repeat")
+    for heading in shown:
         assert f"{heading}</h3>" in report
     assert "hakari lp --data q.csv --response y r --shock e" in report
     assert "Strength of the instruments" not in report
@@ -130,7 +137,6 @@ def test_instruments_priors_calibration_and_scale_as_json(type_in, folder):
         "flat",
         "--prior",
         "y=process(1.5, length=2)",
-        "--calibrate",
         "--scale",
         "-2",
     ]
@@ -154,15 +160,49 @@ def test_instruments_priors_calibration_and_scale_as_json(type_in, folder):
 
 def test_weak_instruments_are_told_and_unbounded_sets_are_null(type_in, folder):
     words = ["--response", "y", "--shock", "x", "--instrument", "z", "--horizons", 3]
-    found = strict(type_in("lp", *words, "--data", folder / "weak.csv", "--json")[1])
+    more = ["--data", folder / "weak.csv", "--no-calibrate", "--json"]
+    found = strict(type_in("lp", *words, *more)[1])
     (told,) = [s for s in found["verdict"] if "is weak" in s]
     assert "Read the Anderson-Rubin sets, which cover however weak the instruments are." in told
     assert any(row["upper_ar"] is None for row in found["responses"])
 
 
+NOT_CALIBRATED = {
+    "a state": ["--state", "s"],
+    "leads": ["--control", "f(r, 1)"],
+    "continuous weighting": ["--weighting", "continuous"],
+    "shrunk controls": ["--controls-prior", "horseshoe"],
+    "turned off": ["--no-calibrate"],
+}
+
+
+@pytest.mark.parametrize("what", NOT_CALIBRATED)
+def test_what_is_not_calibrated_says_why(what, type_in, folder):
+    table().assign(s=lambda t: t.index % 2).to_csv(folder / "state.csv", index=False)
+    words = ["--data", folder / "state.csv", "--response", "y", "--shock", "e", "--shock-lags", 0]
+    words += ["--lags", 2, "--horizons", 2, "--draws", 100, *NOT_CALIBRATED[what]]
+    status, out, err = type_in("lp", *words, "--out", "plain")
+    assert status == 0, err
+    reason = "calibration was turned off" if what == "turned off" else "calibration draws bootstrap"
+    assert f"• Bands are not calibrated: {reason}" in out
+    config = tomllib.loads(Path("plain/config.toml").read_text())["posterior"]
+    assert (config["calibrate"], config["learning_rates"][0]) == (False, 1.0)
+    report = Path("plain/report.html").read_text()
+    assert f"Bands are not calibrated: {reason}" in report
+    assert "Learning rates" not in report
+    found = strict(type_in("lp", *words, "--json", "--out", "again")[1])
+    assert found["uncalibrated"].startswith(reason)
+    if what == "turned off":
+        assert "--no-calibrate --seed" in report
+        return
+    status, out, err = type_in("lp", *words, "--calibrate", "--out", "asked")
+    assert (status, out) == (2, "")
+    assert "calibrate() draws bootstrap samples from one VAR and is not for" in err
+
+
 def test_help_shows_every_option_and_imports_no_half(tmp_path):
     shown = hakari("lp", "--help", cwd=tmp_path).stdout
-    for option in ("response", "shock-lags", "control", "no-calibrate", "band", "scale", "state"):
+    for option in ("response", "shock-lags", "no-calibrate", "controls-prior", "band", "state"):
         assert f"--{option}" in shown
     assert shown.count("For example") == 4
     code = """
@@ -195,6 +235,12 @@ MISTAKES = {
     "prior": (["--prior", "rough"], "'rough' is not understood: write roughness(ORDER)"),
     "horizons": (["--horizons", "290"], "horizon"),
     "band": (["--band", "wide"], "wide"),
+    "spacing": (["--prior", "roughness(spacing=far)"], "spacing 'far': use one of even, log"),
+    "controls": (["--controls-prior", "ridge"], "ridge"),
+    "known": (
+        ["--control", "l(y, 0)", "--horizons", "0", "--prior", "flat"],
+        "y are known at every horizon (0 to 0)",
+    ),
 }
 
 
@@ -237,6 +283,7 @@ def test_ctrl_c_keeps_the_draws_so_far(type_in, folder, monkeypatch):
 
     monkeypatch.setattr(sampling, "step", interrupted)
     words = ["--data", folder / "q.csv", *ASKED, "--horizons", 2, "--chains", 1, "--out", "cut"]
+    words.append("--no-calibrate")  # which samples too
     status, out, err = type_in("lp", *words, "--draws", 100_000)
     assert status == 130, err
     assert "interrupted; the draws so far were written" in err
@@ -282,6 +329,9 @@ def test_priors_as_typed():
     assert parse_path_priors(["process(0.5, marginal, 0.2)"], names) == hi.GaussianProcess(
         0.5, "marginal", 0.2
     )
+    assert parse_path_priors(["roughness(2, spacing=Log)"], names) == hi.RoughnessPenalty(
+        spacing="log"
+    )
     assert parse_path_priors(["normal(sd=3, mean=1)"], names) == hi.Normal(1.0, 9.0)
     mixed = parse_path_priors(["a=b=flat", "ebp=roughness(smoothness=marginal)"], names)
     assert mixed == {"ebp": hi.RoughnessPenalty(2, "marginal"), "a=b": hi.Flat()}
@@ -300,6 +350,7 @@ def test_priors_as_typed():
         (["roughness(2, order=3)"], "each once, not 'order=3'"),
         (["roughness(two)"], "order 'two' is no number"),
         (["roughness(2, 0.1, inf)"], "scale inf must be finite"),
+        (["roughness(spacing=log, spacing=even)"], "each once, not 'spacing=even'"),
         (["normal(0)"], "normal takes a mean and a standard deviation"),
         (["normal(0, -1)"], "the spread -1 must be positive"),
     ],
@@ -346,6 +397,73 @@ def test_the_share_narrowed_is_the_priors_and_not_the_calibrations(known):
     assert "of r " not in prior_says(known)[0]
 
 
+def rated(found, *rates):
+    """The findings as if calibration had found these rates."""
+    one = found.posterior.calibration
+    new = tuple(replace(r, rate=rate) for r, rate in zip(one, rates, strict=True))
+    return replace(found, posterior=replace(found.posterior, calibration=new))
+
+
+def test_what_calibration_did_is_said(known):
+    said = rates_say(rated(known, 0.25, 4.0))[0]
+    assert "those of y are 100% wider than without, those of r are 50% narrower" in said
+    said = rates_say(rated(known, 1.0, 0.999))[0]
+    assert "those of y are as they were, those of r are as they were." in said
+    assert said.endswith("With weak instruments calibration narrows none.")
+
+
+def test_a_prior_that_costs_more_than_it_gives_is_told(known):
+    """1 - narrowed is the smoothed deviation over the flat one; calibration divides by √rate."""
+    kept = 1 - np.nanmean(known.irf.narrowed[0])
+    assert 0.1 < kept < 1
+    assert cost_says(rated(known, kept**2 * 1.01, 0.01)) == []  # r is flat: no prior, no cost
+    (said,) = cost_says(rated(known, (kept / 1.3) ** 2, 1.0))
+    assert "for y (by 30%): smoothed and then calibrated" in said
+    assert "Try --prior flat" in said
+
+
+def test_a_first_stage_too_weak_narrows_no_band():
+    weak = table(0.2).rename(columns={"z": "w"})
+    study = Study(weak, ("y",), ("x",), ("w",), lags=2, horizons=8, draws=200, seed=4)
+    found = find(study)
+    stage = found.first_stage
+    assert (stage["effective_f"] < stage["critical"]).all()
+    assert all(rate <= 1 for rate in found.posterior.rates)
+
+
+def test_horseshoe_on_controls_is_the_librarys():
+    data = table()
+    study = Study(data, ("y",), ("e",), shock_lags=0, lags=2, horizons=2, draws=200, seed=3,
+                  controls_prior="horseshoe")  # fmt: skip
+    found = find(study)
+    lp = hi.LocalProjection(
+        data, "y", "e", lags=2, horizons=2, shock_lags=0, controls_prior=hi.Horseshoe(seed=3)
+    )
+    np.testing.assert_array_equal(found.projection.estimate, lp.estimate)
+    assert "--controls-prior horseshoe" in command_line(study)
+    with pytest.raises(ValueError, match="controls_prior 'ridge': use none or horseshoe"):
+        replace(study, controls_prior="ridge")
+
+
+def test_a_response_known_at_every_horizon_leaves_the_others_uncalibrated():
+    study = Study(
+        table(), ("y", "r"), ("e",), control=("l(y, 0)",), lags=1, shock_lags=0, horizons=0,
+        prior=("flat",), draws=200,
+    )  # fmt: skip
+    found = find(study)
+    assert found.uncalibrated == "calibration needs responses that are not known at every horizon"
+    with pytest.raises(ValueError, match=r"calibrate\(\) needs responses that are not known"):
+        find(replace(study, calibrate=True))
+
+
+def test_lags_in_the_covariance_are_told(folder, type_in):
+    words = ["--data", folder / "q.csv", *ASKED, "--covariance", "hac:6", "--draws", 100]
+    status, out, err = type_in("lp", *words, "--out", "hac")
+    assert status == 0, err
+    assert "covariance hac:6 takes in 6 lags over 21 horizons" in " ".join(out.split())
+    assert "Covariance hac:6 takes in 6 lags" in Path("hac/report.html").read_text()
+
+
 def test_a_response_whose_band_holds_zero_is_not_claimed():
     rng = np.random.default_rng(2)
     nothing = {"y": rng.standard_normal(200), "e": rng.standard_normal(200)}
@@ -353,7 +471,8 @@ def test_a_response_whose_band_holds_zero_is_not_claimed():
     said = answer_of(found, 0, 0)
     assert said.startswith("What a rise of e by 1 does to y is not clear")
     assert said.endswith("contains 0 at every horizon.")
-    assert prior_says(found) == ["Priors are flat: the bands are those of the estimates."]
+    assert prior_says(found) == ["Priors are flat: the posterior is that of the estimates alone."]
+    assert cost_says(found) == []
     assert instruments_say(found) == []
     assert found.grain == "period"
 

@@ -21,7 +21,7 @@ SAMPLED = [
     hi.GaussianProcess(length=2.0),
     hi.GaussianProcess(0.5, 1.0, "gamma", shape=3.0, rate=0.5),
 ]
-ids = dict(ids=lambda prior: f"{type(prior).__name__}-{prior.smoothness}")
+ids = {"ids": lambda prior: f"{type(prior).__name__}-{prior.smoothness}"}
 
 
 def path(prior, q=5, units=(1.3,), seed=0):
@@ -175,7 +175,9 @@ def test_hyperpriors_are_densities_of_log_tau(rule):
 
 
 @pytest.mark.parametrize("rule", ["gcv", "marginal"])
-@pytest.mark.parametrize("kind", [hi.RoughnessPenalty, lambda **k: hi.GaussianProcess(length=2, **k)])
+@pytest.mark.parametrize(
+    "kind", [hi.RoughnessPenalty, lambda **k: hi.GaussianProcess(length=2, **k)]
+)
 def test_the_chosen_smoothness_is_the_brute_force_minimum(rule, kind):
     one = path(kind(smoothness=rule), 7)
     W = one.weight

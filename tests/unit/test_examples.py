@@ -20,7 +20,16 @@ SAYS = {
 }
 
 
-@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+ELSEWHERE = {"monetary_policy"}  # takes arguments: test_monetary_policy.py
+
+
+def test_every_example_has_a_test():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == SAYS.keys() | ELSEWHERE
+    for name in ELSEWHERE:
+        assert f'"{name}.py"' in (Path(__file__).parent / f"test_{name}.py").read_text()
+
+
+@pytest.mark.parametrize("script", [EXAMPLES / f"{name}.py" for name in SAYS], ids=list(SAYS))
 def test_example_runs_and_says(script, tmp_path):
     done = subprocess.run(
         [sys.executable, "-W", "error", str(script)],

@@ -339,16 +339,21 @@ class LocalProjection:
         return control_draws(self, result, response or self.question.response[0], draws, chance)
 
     def impulse_response(
-        self, result: xr.DataTree, scale: float | Literal["sd"] = 1.0
+        self,
+        result: xr.DataTree,
+        scale: float | Literal["sd"] = 1.0,
+        *,
+        anderson_rubin: float = 0.9,
     ) -> ImpulseResponse:
         """Impulse responses of a sampled posterior.
 
         scale: size of the shock, in its units; `sd`: one standard deviation of what the
-        controls do not predict of it.
+        controls do not predict of it. anderson_rubin: level of the Anderson-Rubin sets beside
+        the posterior, where there are instruments and one shock.
         """
         from hakari.inference.projection_result import impulse_response
 
-        return impulse_response(self, result, scale)
+        return impulse_response(self, result, scale, anderson_rubin)
 
 
 # --- parts --------------------------------------------------------------------------------

@@ -11,16 +11,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from hakari import run
-from hakari.inference.lp_report import (
-    PACKAGES,
-    horizon_tables,
-    lp_chapter,
-    narrowed_table,
-    shape_table,
-    strength_table,
-    verdict,
-)
+from hakari.inference.lp_report import PACKAGES, lp_chapter, verdict
 from hakari.inference.lp_study import NARROW, Findings, Study, find
+from hakari.inference.lp_tables import horizon_tables, narrowed_table, shape_table, strength_table
 from hakari.inference.patience import patience
 from hakari.inference.result import save
 from hakari.report import write_report
@@ -74,13 +67,14 @@ def write_run(found: Findings, folder: Path) -> Path:
 def figures(found: Findings) -> dict[str, Figure]:
     """The figures by the name of their files: responses, prior, instruments."""
     study, unit = found.study, f"{found.grain}s"
-    out = {"responses": found.irf.plot(study.level, study.band, narrow=NARROW, unit=unit)}
-    if found.irf.prior_draws is not None:
-        prior = found.irf.plot(study.level, "pointwise", narrow=None, prior=True, unit=unit)
+    bare = replace(found.irf, anderson_rubin=None)  # the sets have a figure of their own
+    out = {"responses": bare.plot(study.level, study.band, narrow=NARROW, unit=unit)}
+    if bare.prior_draws is not None:
+        prior = bare.plot(study.level, "pointwise", narrow=None, prior=True, unit=unit)
         out["prior"] = prior
-    if found.anderson_rubin is not None:
-        shown = replace(found.irf, anderson_rubin=found.anderson_rubin)
-        out["instruments"] = shown.plot(study.level, "pointwise", narrow=None, unit=unit)
+    if found.irf.anderson_rubin is not None:
+        sets = found.irf.plot(study.level, "pointwise", narrow=None, unit=unit)
+        out["instruments"] = sets
     return out
 
 
@@ -96,7 +90,7 @@ def show(found: Findings, console: Console) -> None:
     for table in (*tables, strength_table(found)):
         if table is not None:
             console.print(grid(table))
-    for note in found.projection.notes:
+    for note in found.irf.notes:
         console.print(f"{note}.", style="dim")
     for sentence in verdict(found):
         console.print(f"• {sentence}")
@@ -111,13 +105,16 @@ def command_line(study: Study) -> str:
             words += [f"--{name}", *getattr(study, name)]
     for name in (
         "lags", "horizons", "unit", "trend", "sample", "shock_lags", "state", "effects",
-        "covariance", "weighting", "shrinkage", "band", "scale", "draws", "chains",
+        "covariance", "weighting", "shrinkage", "controls_prior", "band", "scale", "draws",
+        "chains",
     ):  # fmt: skip
         value = getattr(study, name)
         if value != getattr(default, name):
             words += [f"--{name.replace('_', '-')}", str(value)]
-    for name in ("cumulative", "augment", "calibrate"):
+    for name in ("cumulative", "augment"):
         words += [f"--{name}"] * getattr(study, name)
+    if study.calibrate is not None:
+        words.append("--calibrate" if study.calibrate else "--no-calibrate")
     words += ["--seed", str(study.seed), "--level", f"{study.level:g}"]
     return shlex.join(words)
 
@@ -143,7 +140,8 @@ def record(found: Findings) -> dict[str, Any]:
         "first_stage": [] if stage is None else stage.to_dict("records"),
         "calibration": [asdict(rate) for rate in found.posterior.calibration],
         "sampler": _sampler(found),
-        "notes": [*lp.notes, *found.notes],
+        "uncalibrated": found.uncalibrated or None,
+        "notes": [*found.irf.notes, *found.notes],
     }
 
 
@@ -152,14 +150,14 @@ def config(found: Findings) -> dict[str, Any]:
     asked = {k: v for k, v in vars(found.study).items() if k not in ("data", "data_name", "units")}
     sampler = {name: asked.pop(name) for name in ("draws", "chains", "seed")}
     output = {name: asked.pop(name) for name in ("level", "band", "scale")}
-    posterior = {
-        n: asked.pop(n) for n in ("prior", "covariance", "weighting", "shrinkage", "calibrate")
-    }
+    named = ("prior", "covariance", "weighting", "shrinkage", "controls_prior", "calibrate")
+    posterior = {name: asked.pop(name) for name in named}
     return {
         "command": "lp",
         "model": {"data": found.study.source} | asked | {"rows": list(found.projection.rows_used)},
         "posterior": posterior
         | {
+            "calibrate": not found.uncalibrated,
             "prior_resolved": found.priors,
             "covariance_resolved": str(found.posterior.covariance),
             "learning_rates": list(found.posterior.rates),

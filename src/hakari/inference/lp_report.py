@@ -1,10 +1,8 @@
-"""The chapter of a report that local projections fill, its tables, and its sentences."""
+"""The chapter of a report that local projections fill, and its sentences."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import product
-from math import isfinite
 
 import numpy as np
 import pandas as pd
@@ -12,9 +10,24 @@ from matplotlib.figure import Figure
 
 from hakari.inference.iv_tables import number
 from hakari.inference.lp_study import NARROW, Findings
-from hakari.report import Block, Chapter, Facts, Picture, Section, Table, Text
+from hakari.inference.lp_tables import (
+    band_name,
+    horizon_tables,
+    impulse,
+    interval,
+    lowered,
+    narrowed_table,
+    pairs,
+    rates_table,
+    rows_of,
+    shape_table,
+    strength_table,
+)
+from hakari.report import Block, Chapter, Facts, Picture, Section, Text
 from hakari.run import versions
 
+UNCALIBRATED = "Bands are not calibrated"
+DEAR = "The prior costs more than it gives"
 PACKAGES = ("numpy", "scipy", "numba", "pandas", "xarray", "arviz-stats", "matplotlib")
 
 
@@ -43,8 +56,9 @@ def lp_chapter(
 
 def verdict(found: Findings) -> list[str]:
     """Sentences in the order in which a reader wants them."""
-    said = [answer_of(found, r, s) for r, s, _ in _pairs(found)]
-    return [*said, *prior_says(found), *instruments_say(found), *rates_say(found), draws_say(found)]
+    said = [answer_of(found, r, s) for r, s, _ in pairs(found)]
+    rest = [instruments_say, rates_say, cost_says]
+    return [*said, *prior_says(found), *(s for say in rest for s in say(found)), draws_say(found)]
 
 
 def answer_of(found: Findings, r: int, s: int) -> str:
@@ -55,37 +69,27 @@ def answer_of(found: Findings, r: int, s: int) -> str:
     out = _excluded(found, r, s) & free
     mean = np.where(out if out.any() else free, irf.draws[:, r, s].mean(axis=0), 0.0)
     at = int(np.abs(mean).argmax())
-    size, sign, interval, sure = _moment(found, r, s, at)
-    when, band = _when(found, irf.horizons[at]), f"the {_band(found).partition(' (')[0]} band"
+    size, sign, ends, sure = _moment(found, r, s, at)
+    when, band = _when(found, irf.horizons[at]), f"the {band_name(found).partition(' (')[0]} band"
     if not out.any():
         return (
-            f"What {_lower(impulse(found, s))} does to {_what(found, r)} is not clear: the largest "
-            f"mean response, {size} {when} ({interval}), is {sign} {sure}, and {band} contains 0 "
-            "at every horizon."
+            f"What {lowered(impulse(found, s))} does to {_what(found, r)} is not clear: the "
+            f"largest mean response, {size} {when} ({ends}), is {sign} {sure}, and {band} "
+            "contains 0 at every horizon."
         )
     where = f"at {found.grain}s {_runs(np.array(irf.horizons)[out].tolist())}"
     return (
         f"{impulse(found, s)} {'raises' if mean[at] > 0 else 'lowers'} {_what(found, r)}: by "
-        f"{size.removeprefix('-')} {when} in the posterior mean ({interval}), {sign} {sure}. "
+        f"{size.removeprefix('-')} {when} in the posterior mean ({ends}), {sign} {sure}. "
         f"{band.capitalize()} excludes 0 {where if not out[free].all() else 'at every horizon'}."
     )
-
-
-def impulse(found: Findings, s: int) -> str:
-    """`A rise of gs1 by 1`, with the unit where it is known."""
-    shock, size = found.irf.shocks[s], float(found.size[s])
-    unit = found.study.units.get(shock, "")
-    name = shock.replace(" | not ", " outside ").replace(" | ", " in ")
-    by = f"{number(abs(size))} {unit}".strip() if found.study.scale == "sd" else f"{abs(size):g}"
-    by = f"{by} {unit}".strip() if found.study.scale != "sd" else f"one standard deviation ({by})"
-    return f"A {'rise' if size > 0 else 'fall'} of {name} by {by}"
 
 
 def prior_says(found: Findings) -> list[str]:
     """By how much the prior narrowed the responses."""
     kinds, parts = found.priors, []
     if found.irf.narrowed is None:
-        return ["Priors are flat: the bands are those of the estimates."]
+        return ["Priors are flat: the posterior is that of the estimates alone."]
     for name, share in zip(kinds, found.irf.narrowed, strict=True):
         share = share[np.isfinite(share)]
         if len(share):
@@ -123,15 +127,31 @@ def instruments_say(found: Findings) -> list[str]:
 
 
 def rates_say(found: Findings) -> list[str]:
-    """What calibration did to each response."""
+    """What calibration did to each response, or why there is none."""
+    if found.uncalibrated:
+        return [f"{UNCALIBRATED}: {found.uncalibrated}."]
     parts = []
-    for rate in found.posterior.calibration:
-        factor = rate.rate**-0.5 - 1
-        word = "wider" if factor >= 0 else "narrower"
-        parts.append(f"those of {rate.response} are {abs(factor):.0%} {word}")
-    if not parts:
+    for one in found.posterior.calibration:
+        factor = one.rate**-0.5 - 1
+        change = f"{abs(factor):.0%} {'wider' if factor >= 0 else 'narrower'} than without"
+        same = abs(factor) < 0.005
+        parts.append(f"those of {one.response} are {'as they were' if same else change}")
+    cut = any(one.rate == 1 for one in found.posterior.calibration)
+    weak = " With weak instruments calibration narrows none." * cut
+    return [f"Bands are calibrated by a bootstrap: {', '.join(parts)}.{weak}"]
+
+
+def cost_says(found: Findings) -> list[str]:
+    """Where smoothing and calibration together widened the bands, and the way out."""
+    dear = {name: share for name, share in _widened(found).items() if share > 0}
+    if not dear:
         return []
-    return [f"Bands are calibrated by a bootstrap: {', '.join(parts)} than without."]
+    listed = ", ".join(f"{name} (by {share:.0%})" for name, share in dear.items())
+    return [
+        f"{DEAR} for {listed}: smoothed and then calibrated, the bands are on average wider than "
+        "those of the estimates alone. Try --prior flat; calibration widens flat bands too, but "
+        "usually by less."
+    ]
 
 
 def draws_say(found: Findings) -> str:
@@ -142,100 +162,6 @@ def draws_say(found: Findings) -> str:
     return f"The draws are sound: R-hat at most {worst:.3f}, effective sizes at least {least:.0f}."
 
 
-# --- tables -------------------------------------------------------------------------------
-
-
-def horizon_tables(found: Findings) -> list[Table]:
-    """Mean, spread and both bands at selected horizons, a table a response and shock."""
-    level, out = found.study.level, []
-    head = [f"{found.grain}s after", "mean", "sd", f"{level:.0%} pointwise", _band(found)]
-    for r, s, name in _pairs(found):
-        frame = _of(found.table, found, r, s)
-        rows = [
-            [
-                str(row["horizon"]),
-                number(row["mean"]),
-                "known" if found.known[r, s, place] else number(row["sd"]),
-                _interval(row["lower_pointwise"], row["upper_pointwise"]),
-                _interval(row["lower_joint"], row["upper_joint"]),
-            ]
-            for place, row in frame.iterrows()
-            if row["horizon"] in found.selected
-        ]
-        unit = found.study.units.get(found.irf.responses[r], "")
-        what = f"{name} ({unit})" if unit else name
-        out.append(Table(head, rows, f"Response of {what}: {_lower(impulse(found, s))}."))
-    return out
-
-
-def shape_table(found: Findings) -> Table:
-    """Peak, when it is, half-life and one sign throughout, of the draws themselves."""
-    level, what = f"{found.study.level:.0%}", f"{found.grain}s"
-    head = [
-        "",
-        f"peak ({level})",
-        f"at, {what}",
-        f"half-life, {what}",
-        "P(never < 0)",
-        "P(never > 0)",
-    ]
-    rows = []
-    for (r, s, name), (_, row) in zip(_pairs(found), found.shape.iterrows(), strict=True):
-        draws = found.irf.draws[:, r, s][:, ~found.known[r, s]]
-        rows.append(
-            [
-                name,
-                f"{number(row['peak'])}\n{_interval(row['peak_lower'], row['peak_upper'])}",
-                _whole(row, "peak_horizon"),
-                _whole(row, "half_life"),
-                f"{(draws >= 0).all(axis=1).mean():.2f}",
-                f"{(draws <= 0).all(axis=1).mean():.2f}",
-            ]
-        )
-    caption = (
-        f"Largest response of each draw, whichever its sign: median and {level} interval. "
-        f"Half-life: {what} until under half the peak; ∞: not within {found.irf.horizons[-1]}."
-    )
-    return Table(head, rows, caption)
-
-
-def narrowed_table(found: Findings) -> Table | None:
-    """Share by which the prior narrowed the standard deviation, at selected horizons."""
-    if found.irf.narrowed is None:
-        return None
-    places = [found.irf.horizons.index(h) for h in found.selected]
-    rows = []
-    for r, s, name in _pairs(found):
-        share = found.irf.narrowed[r, s]
-        mean = np.nanmean(share) if np.isfinite(share).any() else np.nan
-        rows.append([name, *(_share(share[p]) for p in places), _share(mean)])
-    head = [f"{found.grain}s after", *map(str, found.selected), "mean"]
-    caption = "Share by which the prior narrowed the standard deviation; negative: widened."
-    return Table(head, rows, caption)
-
-
-def strength_table(found: Findings) -> Table | None:
-    """The first stage, a row for horizons on the same rows of the table."""
-    if found.first_stage is None:
-        return None
-    columns = ["rows", "partial_r2", "effective_f", "critical"]
-    groups = found.first_stage.groupby(columns, sort=False)["horizon"].agg(["min", "max"])
-    if len(groups) > len(found.selected):
-        frame = found.first_stage[found.first_stage["horizon"].isin(found.selected)]
-        groups = frame.groupby(columns, sort=False)["horizon"].agg(["min", "max"])
-    rows = [
-        [f"{low}" if low == high else f"{low} to {high}", f"{key[0]:.0f}", *map(number, key[1:])]
-        for key, (low, high) in zip(groups.index, groups.to_numpy(), strict=True)
-    ]
-    caption = (
-        f"First stage (instruments: {', '.join(found.study.instrument)}). Effective F of Montiel "
-        "Olea and Pflueger (2013), below critical: weak."
-    )
-    return Table(
-        [f"{found.grain}s after", "rows", "partial R²", "effective F", "critical"], rows, caption
-    )
-
-
 # --- sections -----------------------------------------------------------------------------
 
 
@@ -244,11 +170,9 @@ def _question(found: Findings) -> Section:
     rows = sorted(set(lp.rows_used))
     used = f"{rows[0]}" if len(rows) == 1 else f"{rows[0]} to {rows[-1]}, by horizon,"
     controls = lp.coefficients - len(lp.shocks)
-    way = (
-        f"by {', '.join(study.instrument)} as instruments"
-        if study.instrument
-        else "by least squares"
-    )
+    many = "s" * (len(study.instrument) > 1)
+    by = f"by {', '.join(study.instrument)} as instrument{many}"
+    way = by if study.instrument else "by least squares"
     asked = "cumulated responses" if study.cumulative else "responses"
     facts = [
         ("responses", ", ".join(study.response) + " (cumulated)" * study.cumulative),
@@ -258,15 +182,18 @@ def _question(found: Findings) -> Section:
         ("sample", f"{used} rows of {study.source}, {_dates(found)}"),
         ("lags", f"{lp.question.lag_order} of each variable"),
         ("controls", ", ".join(study.control) or "only those lags and the trend"),
-        ("concentrated out", f"{controls} coefficients in each horizon's regression"),
+        (
+            "shrunk by a horseshoe" if lp.controls_prior else "concentrated out",
+            f"{controls} coefficients in each horizon's regression",
+        ),
         ("covariance", f"{found.posterior.covariance}, joint over horizons"),
         ("prior", "; ".join(f"{name}: {prior}" for name, prior in found.priors.items())),
     ]
     text = (
-        f"The {asked} of {', '.join(study.response)} to {_lower(impulse(found, 0))}, {way}: a "
+        f"The {asked} of {', '.join(study.response)} to {lowered(impulse(found, 0))}, {way}: a "
         "local projection at each horizon, all of them in one posterior."
     )
-    notes = [Text(f"{note[0].upper()}{note[1:]}.", "note") for note in lp.notes]
+    notes = [Text(f"{note[0].upper()}{note[1:]}.", "note") for note in found.irf.notes]
     return Section("Question", [Text(text), Facts(facts), *notes])
 
 
@@ -277,8 +204,7 @@ def _verdict(found: Findings) -> Section:
     first, *rest = verdict(found)
     blocks.append(Text(first, "lead"))
     for sentence in rest:
-        care = sentence.startswith("The draws need care") or " weak: " in sentence
-        blocks.append(Text(sentence, "warning" if care else "plain"))
+        blocks.append(_styled(sentence))
     return Section("What the data say", blocks)
 
 
@@ -331,26 +257,9 @@ def _instruments(found: Findings, figure: Figure | None) -> list[Section]:
 
 
 def _rates(found: Findings) -> list[Section]:
-    rates = found.posterior.calibration
-    if not rates:
-        return []
-    rows = [
-        [
-            one.response,
-            number(one.rate),
-            _interval(*one.interval),
-            f"{one.covered:.0%}",
-            f"{one.rate**-0.5 - 1:+.0%}",
-        ]
-        for one in rates
-    ]
-    head = ["", "learning rate", "90% interval", "covered before", "width"]
-    caption = (
-        "Each posterior to the power of its rate. Covered before: share of "
-        f"{rates[0].replications} bootstrap samples whose {rates[0].level:.0%} joint band held the "
-        "truth without it."
-    )
-    return [Section("Learning rates", [Table(head, rows, caption), *map(Text, rates_say(found))])]
+    table = rates_table(found)
+    said = map(_styled, (*rates_say(found), *cost_says(found)))
+    return [Section("Learning rates", [table, *said])] if table is not None else []
 
 
 def _diagnostics(found: Findings) -> Section:
@@ -382,22 +291,14 @@ def _repeat(found: Findings, command: str) -> Section:
     return Section("How to repeat", [*blocks, Text(told, "note")])
 
 
+def _styled(sentence: str) -> Text:
+    """A paragraph, marked where a reader should take care."""
+    care = sentence.startswith(("The draws need care", DEAR)) or " weak: " in sentence
+    note = sentence.startswith(UNCALIBRATED)
+    return Text(sentence, "warning" if care else "note" if note else "plain")
+
+
 # --- words --------------------------------------------------------------------------------
-
-
-def _pairs(found: Findings) -> list[tuple[int, int, str]]:
-    """Places and name of each response and shock; the shock's name only where there are several."""
-    irf = found.irf
-    several = len(irf.shocks) > 1
-    return [
-        (r, s, f"{irf.responses[r]} to {irf.shocks[s]}" if several else irf.responses[r])
-        for r, s in product(range(len(irf.responses)), range(len(irf.shocks)))
-    ]
-
-
-def _of(table: pd.DataFrame, found: Findings, r: int, s: int) -> pd.DataFrame:
-    mine = (table["response"] == found.irf.responses[r]) & (table["shock"] == found.irf.shocks[s])
-    return table[mine].reset_index(drop=True)
 
 
 def _moment(found: Findings, r: int, s: int, at: int) -> tuple[str, str, str, str]:
@@ -407,7 +308,7 @@ def _moment(found: Findings, r: int, s: int, at: int) -> tuple[str, str, str, st
     share = float(((draws > 0) == (mean > 0)).mean())
     sure = "almost surely" if share > 0.9995 else f"with probability {share:.2f}"
     size = f"{number(mean)}\N{NO-BREAK SPACE}{found.study.units.get(found.irf.responses[r], '')}"
-    ends = _interval(*np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]))
+    ends = interval(*np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]))
     return (
         size.strip(),
         "positive" if mean > 0 else "negative",
@@ -416,9 +317,21 @@ def _moment(found: Findings, r: int, s: int, at: int) -> tuple[str, str, str, st
     )
 
 
+def _widened(found: Findings) -> dict[str, float]:
+    """Deviation with prior and calibration over that of the estimates, less 1; mean over horizons.
+
+    Without calibration nothing is said.
+    """
+    rates, narrowed, out = found.posterior.calibration, found.irf.narrowed, {}
+    for one, share in zip(rates, () if narrowed is None else narrowed, strict=False):
+        if np.isfinite(share).any():
+            out[one.response] = float(np.nanmean((1 - share) / one.rate**0.5)) - 1
+    return out
+
+
 def _excluded(found: Findings, r: int, s: int) -> np.ndarray:
     """(H,) where the joint band does not hold 0."""
-    frame = _of(found.table, found, r, s)
+    frame = rows_of(found.table, found, r, s)
     out: np.ndarray = ((frame["lower_joint"] > 0) | (frame["upper_joint"] < 0)).to_numpy()
     return out
 
@@ -431,11 +344,6 @@ def _runs(numbers: list[int]) -> str:
         else:
             runs.append([one])
     return ", ".join(f"{r[0]} to {r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs)
-
-
-def _band(found: Findings) -> str:
-    kind, level = found.study.band, f"{found.study.level:.0%}"
-    return f"{level} pointwise" if kind == "pointwise" else f"{level} simultaneous ({kind})"
 
 
 def _dates(found: Findings) -> str:
@@ -463,21 +371,3 @@ def _when(found: Findings, horizon: int) -> str:
 def _what(found: Findings, r: int) -> str:
     name = found.irf.responses[r]
     return f"the sum of {name} since the shock" if found.study.cumulative else name
-
-
-def _lower(text: str) -> str:
-    return text[0].lower() + text[1:]
-
-
-def _interval(lower: float, upper: float) -> str:
-    return f"{number(lower)} to {number(upper)}"
-
-
-def _whole(row: pd.Series, name: str) -> str:
-    ends = (row[name], row[f"{name}_lower"], row[f"{name}_upper"])
-    middle, low, high = ("∞" if np.isposinf(end) else f"{end:.0f}" for end in ends)
-    return f"{middle}\n{low} to {high}"
-
-
-def _share(value: float) -> str:
-    return f"{value:.0%}".replace("-0%", "0%") if isfinite(value) else "–"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from math import ceil, isfinite
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -22,11 +22,12 @@ from threadpoolctl import threadpool_limits
 
 from hakari.inference.bands import KINDS
 from hakari.inference.diagnostics import convergence_notes, summary
+from hakari.inference.horseshoe import Horseshoe
 from hakari.inference.impulse_response import ImpulseResponse
 from hakari.inference.local_projections import LocalProjection
 from hakari.inference.path_prior import GaussianProcess, PathPrior, RoughnessPenalty
 from hakari.inference.prior import Flat, Normal
-from hakari.inference.projection_instruments import anderson_rubin_bands, first_stages
+from hakari.inference.projection_instruments import first_stages
 from hakari.inference.projection_posterior import ProjectionPosterior
 from hakari.inference.sampling import sample
 
@@ -34,7 +35,7 @@ _GRAINS = ((r"\d{4}-\d{2}", "month"), (r"\d{4}Q\d", "quarter"), (r"\d{4}", "year
 NARROW = 0.68  # level of the inner band of the figures
 GRAMMAR = (
     "write roughness(ORDER), process(NU), normal(MEAN, SD) or flat, with options as in "
-    "roughness(order=2, smoothness=gcv), for one response NAME=flat"
+    "roughness(order=2, spacing=log), for one response NAME=flat"
 )
 
 
@@ -42,7 +43,7 @@ GRAMMAR = (
 class Study:
     """What is asked of which data, as typed; `data` may also be a frame in memory, with a name.
 
-    units: of responses and shocks, to be said in sentences.
+    calibrate: None for where it applies. units: of responses and shocks, to be said in sentences.
     """
 
     data: Any
@@ -65,7 +66,8 @@ class Study:
     covariance: str = ""
     weighting: str = "frozen"
     shrinkage: str = "none"
-    calibrate: bool = False
+    controls_prior: str = "none"
+    calibrate: bool | None = None
     level: float = 0.9
     band: str = "sup-t"
     scale: str = "1"
@@ -80,6 +82,8 @@ class Study:
             raise ValueError(f"level {self.level:g} must lie between 0 and 1, such as 0.9")
         if self.band not in KINDS:
             raise ValueError(f"band {self.band!r} is unknown: use one of {', '.join(KINDS)}")
+        if self.controls_prior not in ("none", "horseshoe"):
+            raise ValueError(f"controls_prior {self.controls_prior!r}: use none or horseshoe")
         for name in ("draws", "chains"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: at least 1 is needed")
@@ -117,8 +121,9 @@ class Study:
 class Findings:
     """The answer. `table` is irf.csv; `known` (R, S, H) are responses that cannot be otherwise.
 
-    size: of the shocks (S,). summary: ArviZ's diagnostics of what varies. first_stage and
-    anderson_rubin (already at that size): None without instruments or with several shocks.
+    size: of the shocks (S,). summary: ArviZ's diagnostics of what varies. first_stage: None
+    without instruments or with several shocks.
+    uncalibrated: why bands are not calibrated, empty where they are.
     """
 
     study: Study
@@ -133,7 +138,7 @@ class Findings:
     summary: pd.DataFrame
     notes: list[str]
     first_stage: pd.DataFrame | None
-    anderson_rubin: pd.DataFrame | None
+    uncalibrated: str
 
     @property
     def interrupted(self) -> bool:
@@ -184,12 +189,16 @@ def find(
             weighting=cast(Any, study.weighting),
             shrinkage=cast(Any, study.shrinkage),
         )
-        if study.calibrate:
-            posterior = posterior.calibrate(study.level, seed=study.seed, progress=progress)
+        if _known(posterior).all():
+            raise ValueError(
+                f"the responses of {', '.join(study.response)} are known at every horizon "
+                f"(0 to {study.horizons}): drop controls at once, or add horizons"
+            )
+        posterior, uncalibrated = _calibrated(study, posterior, progress)
         result = sample(posterior, "auto", study.draws, study.chains, study.seed, progress=progress)
         if keep is not None:
             keep(result)
-        return _findings(study, posterior, result)
+        return _findings(study, posterior, result, uncalibrated)
 
 
 # --- priors as typed ----------------------------------------------------------------------
@@ -270,7 +279,7 @@ def _value(text: str, label: str, value: str) -> Any:
     try:
         number = float(value)
     except ValueError:
-        if label in ("smoothness", "length"):
+        if label in ("smoothness", "length", "spacing"):
             return value.lower()
         raise ValueError(f"prior {text!r}: {label} {value!r} is no number: {GRAMMAR}") from None
     if not isfinite(number):
@@ -299,18 +308,38 @@ def _projection(study: Study) -> LocalProjection:
         unit=study.unit,
         effects=cast(Any, study.effects),
         shock_lags=study.shock_lags,
+        controls_prior=Horseshoe(seed=study.seed) if study.controls_prior == "horseshoe" else None,
     )
 
 
-def _findings(study: Study, posterior: ProjectionPosterior, result: xr.DataTree) -> Findings:
+def _calibrated(
+    study: Study, posterior: ProjectionPosterior, progress: bool
+) -> tuple[ProjectionPosterior, str]:
+    """The posterior with its learning rates, or as it is and why; raises where they were asked for.
+
+    What calibration is not for it refuses itself, so that its reasons stand in one place.
+    """
+    if study.calibrate is False:
+        return posterior, "calibration was turned off"
+    try:
+        if _known(posterior).all(axis=(1, 2)).any():
+            raise ValueError("calibrate() needs responses that are not known at every horizon")
+        return posterior.calibrate(study.level, seed=study.seed, progress=progress), ""
+    except ValueError as error:
+        if study.calibrate:
+            raise
+        return posterior, str(error).replace("calibrate()", "calibration")
+
+
+def _findings(
+    study: Study, posterior: ProjectionPosterior, result: xr.DataTree, uncalibrated: str
+) -> Findings:
     lp = posterior.projection
-    irf = lp.impulse_response(result, study.size)
+    irf = lp.impulse_response(result, study.size, anderson_rubin=study.level)
     size = _size(lp, cast(ndarray, irf.estimate))
     known = _known(posterior)
     moving = _without(result, known)
     one = bool(study.instrument) and lp.shape[1] == 1
-    sets = _sets(lp, posterior, size, study.level) if one else None
-    shown = replace(irf, anderson_rubin=sets)
     return Findings(
         study,
         lp,
@@ -319,12 +348,12 @@ def _findings(study: Study, posterior: ProjectionPosterior, result: xr.DataTree)
         irf,
         known,
         size,
-        shown.to_dataframe(study.level, study.band),
+        irf.to_dataframe(study.level, study.band),
         irf.shape(study.level),
         summary(moving, study.level),
         convergence_notes(moving),
         first_stages(lp, posterior.covariance) if one else None,
-        sets,
+        uncalibrated,
     )
 
 
@@ -349,12 +378,3 @@ def _without(result: xr.DataTree, known: ndarray) -> xr.DataTree:
     found = xr.DataTree.from_dict({"/posterior": theta, "/checks": result["checks"].dataset})
     found.attrs = dict(result.attrs)
     return found
-
-
-def _sets(
-    lp: LocalProjection, posterior: ProjectionPosterior, size: ndarray, level: float
-) -> pd.DataFrame:
-    """Anderson-Rubin sets of the response to a shock of that size."""
-    sets = anderson_rubin_bands(lp, level, posterior.covariance)
-    ends = np.sort(sets[["lower", "upper"]].to_numpy(dtype=float) * size[0], axis=1)
-    return sets.assign(lower=ends[:, 0], upper=ends[:, 1])

@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from numpy import ndarray
+from scipy.stats import chi2
 
 from hakari.inference.anderson_rubin import anderson_rubin
-from hakari.inference.influence import ScoreCovariance, lags, parse_scores
+from hakari.inference.influence import ScoreCovariance, lags, parse_scores, score_rows
 from hakari.inference.instruments import Strength, first_stage_arrays
 from hakari.inference.moments import LinearMoments
 
@@ -51,7 +52,10 @@ def anderson_rubin_bands(
     _refuse_without(lp)
     if lp.shape[1] > 1:
         raise ValueError(f"Anderson-Rubin bands need one shock, there are {', '.join(lp.shocks)}")
-    spec, table = parse_scores(covariance), []
+    spec = parse_scores(covariance)
+    if lp.design.right.shape[1] == 1:
+        return _one_instrument(lp, level, spec)
+    table = []
     for part in lp.parts:
         y = part.fit.y.reshape(len(part.rows), lp.shape[0], -1)
         text, clusters = _equation(lp, part, spec)
@@ -66,6 +70,41 @@ def anderson_rubin_bands(
         ["response", "horizon"], key=lambda c: c.map(order) if c.name == "response" else c,
         ignore_index=True,
     )  # fmt: skip
+
+
+def _one_instrument(lp: LocalProjection, level: float, spec: ScoreCovariance) -> pd.DataFrame:
+    """(Σz(y − βs))² ≤ c Ω(β) in closed form, Ω of the projection's own covariance."""
+    critical, frames = float(chi2.ppf(level, 1)), []
+    for j, response in enumerate(lp.question.response):
+        a, b = lp.moment_rows(j)
+        H = a.shape[1]
+        both = np.concatenate([a, b[:, :, 0]], axis=1)
+        leverage = np.tile(lp.leverage_of(j), (1, 2))
+        counts = np.tile(lp.coefficients_by_horizon, 2)
+        rows = score_rows(both, leverage, counts, spec, lp.series)
+        y, s = both[:, :H].sum(axis=0), both[:, H:].sum(axis=0)
+        ra, rb = rows[:, :H], rows[:, H:]
+        A, C, D = ((u * v).sum(axis=0) for u, v in ((ra, ra), (ra, rb), (rb, rb)))
+        ends = _quadratic(s**2 - critical * D, y * s - critical * C, y**2 - critical * A)
+        frame = pd.DataFrame({"horizon": lp.question.horizons} | ends)
+        frame.insert(0, "shock", lp.shocks[0])
+        frame.insert(0, "response", response)
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
+
+
+def _quadratic(
+    p: Float[ndarray, " H"], q: Float[ndarray, " H"], r: Float[ndarray, " H"]
+) -> dict[str, ndarray]:
+    """Where pβ² − 2qβ + r ≤ 0: an interval, the line, or the line less an interval (2 pieces)."""
+    root = np.sqrt(np.maximum(q**2 - p * r, 0.0))
+    bounded = p > 0
+    scale = np.where(bounded, p, 1.0)
+    return {
+        "lower": np.where(bounded, (q - root) / scale, -np.inf),
+        "upper": np.where(bounded, (q + root) / scale, np.inf),
+        "pieces": np.where(bounded | (root == 0), 1, 2),
+    }
 
 
 # --- parts --------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 from numpy import ndarray
@@ -114,7 +115,7 @@ def prior_paths(posterior: ProjectionPosterior, generator: Generator) -> ndarray
 
 
 def impulse_response(
-    lp: LocalProjection, result: xr.DataTree, scale: float | Literal["sd"]
+    lp: LocalProjection, result: xr.DataTree, scale: float | Literal["sd"], level: float
 ) -> ImpulseResponse:
     """See `LocalProjection.impulse_response`; raises ValueError for draws of something else."""
     found = tuple(str(n) for n in result["posterior"].dataset["coefficient"].values)
@@ -148,8 +149,20 @@ def impulse_response(
         prior_draws=prior,
         narrowed=narrowed if smoothed.any() else None,
         title="cumulative" if q.cumulative else "",
+        anderson_rubin=_sets(lp, str(result.attrs["covariance"]), factor, level),
         notes=tuple(json.loads(result.attrs["notes"])),
     )
+
+
+def _sets(
+    lp: LocalProjection, covariance: str, factor: Float[ndarray, "S 1"], level: float
+) -> pd.DataFrame | None:
+    """Anderson-Rubin sets in the responses' scale, where there are instruments and one shock."""
+    if not lp.question.instruments or lp.shape[1] > 1:
+        return None
+    sets = lp.anderson_rubin(level, covariance)
+    ends = np.sort(sets[["lower", "upper"]].to_numpy(dtype=float) * factor[0], axis=1)
+    return sets.assign(lower=ends[:, 0], upper=ends[:, 1])
 
 
 def _factor(lp: LocalProjection, scale: float | Literal["sd"]) -> Float[ndarray, "S 1"]:
