@@ -92,7 +92,7 @@ def ours(
     covariance: str = "hc3",
     kind: str = "sup-t",
     calibrated: bool = False,
-    shrinkage: str = "none",
+    shrinkage: str = "auto",
 ) -> Method:
     """A line of hakari: the posterior sampled, the band of its draws."""
 
@@ -132,7 +132,8 @@ def theirs(method: Callable[..., rivals.Answer], **options: Any) -> Method:
     return answer
 
 
-FLAT, ROUGH = hi.Flat(), hi.RoughnessPenalty()
+FLAT, ROUGH, EVEN = hi.Flat(), hi.RoughnessPenalty(), hi.RoughnessPenalty(spacing="even")
+PROCESS = hi.GaussianProcess(length=12.0)
 OURS: dict[str, Method] = {
     "flat": ours(FLAT),
     "flat, calibrated": ours(FLAT, calibrated=True),
@@ -141,8 +142,9 @@ OURS: dict[str, Method] = {
     "flat, pointwise": ours(FLAT, kind="pointwise"),
     "roughness": ours(ROUGH),
     "roughness, calibrated": ours(ROUGH, calibrated=True),
-    "roughness, Ledoit-Wolf": ours(ROUGH, shrinkage="ledoit-wolf"),
-    "process": ours(hi.GaussianProcess()),
+    "roughness, even spacing, calibrated": ours(EVEN, calibrated=True),
+    "roughness, factor, calibrated": ours(ROUGH, calibrated=True, shrinkage="none"),
+    "process, calibrated": ours(PROCESS, calibrated=True),
 }
 THEIRS: dict[str, Method] = {
     "least squares, Newey-West": theirs(rivals.frequentist, kind="hac"),
@@ -238,11 +240,11 @@ def main() -> None:
 
 def _print(cell: dict[str, Any]) -> None:
     print(f"\n{cell['design']}, T = {cell['T']}, H = {cell['H']}")
-    print(f"{'':28}" + "".join(f"{f'joint {level:g}':>12}" for level in LEVELS), end="")
+    print(f"{'':38}" + "".join(f"{f'joint {level:g}':>12}" for level in LEVELS), end="")
     print(f"{'share inside':>14}{'width .9':>10}{'bias':>8}{'rmse':>8}")
     for name, one in cell.items():
         if isinstance(one, dict):
-            print(f"{name:28}" + "".join(f"{one['joint'][f'{k:g}']:12.3f}" for k in LEVELS), end="")
+            print(f"{name:38}" + "".join(f"{one['joint'][f'{k:g}']:12.3f}" for k in LEVELS), end="")
             print(f"{one['pointwise']['0.9']:14.3f}{one['width']['0.9']:10.2f}", end="")
             print(f"{one['bias']:8.3f}{one['rmse']:8.3f}", flush=True)
 

@@ -179,7 +179,7 @@ def lp(
     ] = (),
     covariance: Annotated[str, Parameter(group=PATHS, show_default=False)] = "",
     weighting: Annotated[Literal["frozen", "continuous"], Parameter(group=PATHS)] = "frozen",
-    shrinkage: Annotated[Literal["none", "ledoit-wolf"], Parameter(group=PATHS)] = "none",
+    shrinkage: Annotated[Literal["auto", "none", "ledoit-wolf"], Parameter(group=PATHS)] = "auto",
     controls_prior: Annotated[Literal["none", "horseshoe"], Parameter(group=PATHS)] = "none",
     calibrate: Annotated[bool | None, Parameter(group=PATHS, show_default=False)] = None,
     draws: Annotated[int, Parameter(group=SAMPLER)] = 2000,

@@ -52,7 +52,7 @@ SECTIONS = [
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    return hakari("demo", "--json", cwd=folder), folder
+    return hakari("demo", "--json", cwd=folder, timeout=900), folder
 
 
 def test_numbers_are_linearmodels(demo):
@@ -89,6 +89,9 @@ def test_the_run_folder_loads(demo):
         assert hi.load(run / f"{name}.nc").attrs["rows"] == 3010
         assert (run / f"{name}.csv").is_file()
     assert hi.load(run / "monetary-policy.nc").attrs["rows"] == 179
+    policy = read_config(run)["chapters"]["monetary-policy"]
+    assert policy["posterior"]["calibrate"] is True
+    assert len(policy["posterior"]["learning_rates"]) == 3
     for end in ("csv", "png", "pdf"):
         assert (run / f"monetary-policy.{end}").is_file()
 

@@ -419,7 +419,12 @@ def test_a_prior_that_costs_more_than_it_gives_is_told(known):
     assert cost_says(rated(known, kept**2 * 1.01, 0.01)) == []  # r is flat: no prior, no cost
     (said,) = cost_says(rated(known, (kept / 1.3) ** 2, 1.0))
     assert "for y (by 30%): smoothed and then calibrated" in said
-    assert "Try --prior flat" in said
+    assert "Try --prior flat;" in said
+    both = np.repeat(known.irf.narrowed[:1], 2, axis=0)
+    both = replace(known, irf=replace(known.irf, narrowed=both))
+    (said,) = cost_says(rated(both, (kept / 1.3) ** 2, 1.0))
+    assert "for y (by 30%)" in said
+    assert "Try --prior y=flat;" in said
 
 
 def test_a_first_stage_too_weak_narrows_no_band():

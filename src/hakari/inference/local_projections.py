@@ -285,7 +285,7 @@ class LocalProjection:
         *,
         weighting: Weighting = "frozen",
         determinant: bool = True,
-        shrinkage: Shrinkage = "none",
+        shrinkage: Shrinkage = "auto",
     ) -> ProjectionPosterior:
         """The quasi-posterior of the responses.
 
@@ -294,7 +294,8 @@ class LocalProjection:
             `hac`, `hac:BANDWIDTH`; in panels `cluster` (the default from 10 units on),
             `driscoll-kraay` (with fewer).
         weighting: `frozen` at the estimate, or `continuous`. determinant: of continuous weighting.
-        shrinkage: `ledoit-wolf` shrinks the correlation of the estimates towards none.
+        shrinkage: `ledoit-wolf` shrinks the correlation of the estimates towards none; `auto` does
+            so under a prior, which needs its inverse; `none` corrects the inverse by a factor.
         """
         units = len(self.series.units)
         default = "hc3" if units == 1 else "cluster" if units >= FEW_UNITS else "driscoll-kraay"

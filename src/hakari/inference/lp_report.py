@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from shlex import quote
 
 import numpy as np
 import pandas as pd
@@ -143,14 +144,16 @@ def rates_say(found: Findings) -> list[str]:
 
 def cost_says(found: Findings) -> list[str]:
     """Where smoothing and calibration together widened the bands, and the way out."""
-    dear = {name: share for name, share in _widened(found).items() if share > 0}
+    every = _widened(found)
+    dear = {name: share for name, share in every.items() if share > 0}
     if not dear:
         return []
     listed = ", ".join(f"{name} (by {share:.0%})" for name, share in dear.items())
+    some = " ".join(quote(f"{name}=flat") for name in dear)
     return [
         f"{DEAR} for {listed}: smoothed and then calibrated, the bands are on average wider than "
-        "those of the estimates alone. Try --prior flat; calibration widens flat bands too, but "
-        "usually by less."
+        f"those of the estimates alone. Try --prior {'flat' if dear == every else some}; "
+        "calibration widens flat bands too, but usually by less."
     ]
 
 

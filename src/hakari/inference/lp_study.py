@@ -65,7 +65,7 @@ class Study:
     prior: tuple[str, ...] = ()
     covariance: str = ""
     weighting: str = "frozen"
-    shrinkage: str = "none"
+    shrinkage: str = "auto"
     controls_prior: str = "none"
     calibrate: bool | None = None
     level: float = 0.9

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from hakari.inference.projection_calibration import Rate
 
 Weighting = Literal["frozen", "continuous"]
-Shrinkage = Literal["none", "ledoit-wolf"]
+Shrinkage = Literal["auto", "none", "ledoit-wolf"]
 EXACT = 1e-5  # of the median deviation: what is known exactly gets this one under a prior
 
 
@@ -49,13 +49,13 @@ class ProjectionPosterior:
     prior: PathPrior | Mapping[str, PathPrior] = Flat()  # noqa: RUF009 - frozen
     weighting: Weighting = "frozen"
     determinant: bool = True
-    shrinkage: Shrinkage = "none"
+    shrinkage: Shrinkage = "auto"
     calibration: tuple[Rate, ...] = ()
 
     def __post_init__(self) -> None:
         for name, value, known in (
             ("weighting", self.weighting, ("frozen", "continuous")),
-            ("shrinkage", self.shrinkage, ("none", "ledoit-wolf")),
+            ("shrinkage", self.shrinkage, ("auto", "none", "ledoit-wolf")),
         ):
             if value not in known:
                 raise ValueError(f"{name} {value!r}: use {' or '.join(map(repr, known))}")
@@ -93,11 +93,18 @@ class ProjectionPosterior:
         """Ψ with V = Ψ'Ψ the joint covariance of all Q = J·S·H estimates."""
         return self.projection.score_rows(self.covariance)
 
+    @property
+    def shrunk(self) -> bool:
+        """Whether the correlation is shrunk; `auto`: where a prior needs its inverse."""
+        priors = by_response(self.prior, self.projection.question.response).values()
+        informed = any(not isinstance(prior, Flat) for prior in priors)
+        return self.shrinkage == "ledoit-wolf" or (self.shrinkage == "auto" and informed)
+
     @cached_property
     def joint_covariance(self) -> Float[ndarray, "Q Q"]:
-        """V, shrunk where that was asked for."""
+        """V, its correlation shrunk where `shrunk` says so."""
         V = np.asarray(self.rows.T @ self.rows)
-        if self.shrinkage == "none":
+        if not self.shrunk:
             return V
         size, keep = np.sqrt(np.diag(V)), 1 - self.intensity
         out = V * keep
@@ -106,8 +113,8 @@ class ProjectionPosterior:
 
     @cached_property
     def intensity(self) -> float:
-        """Weight of the identity in the shrunk correlation; 0 where none was asked for."""
-        return ledoit_wolf(self.rows) if self.shrinkage == "ledoit-wolf" else 0.0
+        """Weight of the identity in the shrunk correlation; 0 where it is not shrunk."""
+        return ledoit_wolf(self.rows) if self.shrunk else 0.0
 
     @cached_property
     def noise_root(self) -> Float[ndarray, "r Q"]:
@@ -141,7 +148,7 @@ class ProjectionPosterior:
 
     def _hartlap(self, name: str, q: int) -> float:
         """(n − q − 2)/n, n the independent rows that V was estimated from."""
-        if self.shrinkage != "none":
+        if self.shrunk:
             return 1.0
         n = independent_rows(self.rows, self.covariance, self.projection.series)
         if n < q + 3:
