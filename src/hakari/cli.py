@@ -233,9 +233,9 @@ def lp(
     effects: str
         Of a panel: unit, unit+time or none.
     prior: tuple
-        Repeatable. roughness (the default: differences of order 2 shrunk, their scale
-        half-Cauchy), process (Matérn), normal(MEAN, SD), flat; with options as in
-        'roughness(order=2, smoothness=gcv, spacing=log)', or on one response: 'ebp=flat'.
+        Repeatable. roughness (the default: differences of order 2 in log horizons shrunk, their
+        scale half-Cauchy), process (Matérn), normal(MEAN, SD), flat; with options as in
+        'roughness(order=2, smoothness=gcv, spacing=even)', or on one response: 'ebp=flat'.
         Responses that none names have the default.
     covariance: str
         Over horizons: hc3 (the default for one series), hc0, hc1, hac, hac:BANDWIDTH; in
@@ -243,7 +243,8 @@ def lp(
     weighting: str
         frozen at the estimate, or continuous (updated with the responses).
     shrinkage: str
-        ledoit-wolf shrinks the correlation of the estimates towards none.
+        ledoit-wolf shrinks the correlation of the estimates towards none; auto does so where a
+        prior needs its inverse.
     controls_prior: str
         horseshoe shrinks the controls, of which there may be more than rows.
     calibrate: bool

@@ -76,7 +76,7 @@ def test_text_says_what_the_process_does(from_csv):
     assert "in the same quarter in the posterior mean" in said
     assert "• A rise of e by 1 lowers r: by" in said
     assert "The 90% simultaneous band excludes 0 at quarters 0" in said
-    assert "Prior: roughness of order 2 on every response" in said
+    assert "Prior: roughness of order 2 in log horizons on every response" in said
     assert "Bands are calibrated by a bootstrap: those of y are" in said
     assert "The draws are sound" in said
 
@@ -104,7 +104,9 @@ def test_config_repeats_the_run(from_csv, folder):
     config = tomllib.loads((folder / "text" / "config.toml").read_text())
     assert config["model"]["response"] == ["y", "r"]
     assert config["model"]["time"] == ["year", "quarter"]
-    assert config["posterior"]["prior_resolved"] == dict.fromkeys("yr", "roughness of order 2")
+    prior = dict.fromkeys("yr", "roughness of order 2 in log horizons")
+    assert config["posterior"]["prior_resolved"] == prior
+    assert config["posterior"]["shrinkage_resolved"] == "ledoit-wolf"
     assert config["posterior"]["covariance_resolved"] == "hc3"
     assert config["posterior"]["calibrate"] is True
     assert len(config["posterior"]["learning_rates"]) == 2
@@ -114,6 +116,7 @@ def test_config_repeats_the_run(from_csv, folder):
     shown = ("Question", "What the data say", "Responses", "Learning rates", "How to repeat")
     for heading in shown:
         assert f"{heading}</h3>" in report
+    assert "joint over horizons, its correlation shrunk" in report
     assert "hakari lp --data q.csv --response y r --shock e" in report
     assert "Strength of the instruments" not in report
 
@@ -329,8 +332,8 @@ def test_priors_as_typed():
     assert parse_path_priors(["process(0.5, marginal, 0.2)"], names) == hi.GaussianProcess(
         0.5, "marginal", 0.2
     )
-    assert parse_path_priors(["roughness(2, spacing=Log)"], names) == hi.RoughnessPenalty(
-        spacing="log"
+    assert parse_path_priors(["roughness(2, spacing=Even)"], names) == hi.RoughnessPenalty(
+        spacing="even"
     )
     assert parse_path_priors(["normal(sd=3, mean=1)"], names) == hi.Normal(1.0, 9.0)
     mixed = parse_path_priors(["a=b=flat", "ebp=roughness(smoothness=marginal)"], names)

@@ -160,6 +160,7 @@ def config(found: Findings) -> dict[str, Any]:
             "calibrate": not found.uncalibrated,
             "prior_resolved": found.priors,
             "covariance_resolved": str(found.posterior.covariance),
+            "shrinkage_resolved": "ledoit-wolf" if found.posterior.shrunk else "none",
             "learning_rates": list(found.posterior.rates),
         },
         "sampler": sampler | {"method_resolved": str(found.result.attrs["method"])},

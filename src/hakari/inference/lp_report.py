@@ -173,6 +173,7 @@ def _question(found: Findings) -> Section:
     rows = sorted(set(lp.rows_used))
     used = f"{rows[0]}" if len(rows) == 1 else f"{rows[0]} to {rows[-1]}, by horizon,"
     controls = lp.coefficients - len(lp.shocks)
+    shrunk = ", its correlation shrunk (Ledoit and Wolf, 2004)" * found.posterior.shrunk
     many = "s" * (len(study.instrument) > 1)
     by = f"by {', '.join(study.instrument)} as instrument{many}"
     way = by if study.instrument else "by least squares"
@@ -189,7 +190,7 @@ def _question(found: Findings) -> Section:
             "shrunk by a horseshoe" if lp.controls_prior else "concentrated out",
             f"{controls} coefficients in each horizon's regression",
         ),
-        ("covariance", f"{found.posterior.covariance}, joint over horizons"),
+        ("covariance", f"{found.posterior.covariance}, joint over horizons{shrunk}"),
         ("prior", "; ".join(f"{name}: {prior}" for name, prior in found.priors.items())),
     ]
     text = (

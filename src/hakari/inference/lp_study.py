@@ -35,7 +35,7 @@ _GRAINS = ((r"\d{4}-\d{2}", "month"), (r"\d{4}Q\d", "quarter"), (r"\d{4}", "year
 NARROW = 0.68  # level of the inner band of the figures
 GRAMMAR = (
     "write roughness(ORDER), process(NU), normal(MEAN, SD) or flat, with options as in "
-    "roughness(order=2, spacing=log), for one response NAME=flat"
+    "roughness(order=2, spacing=even), for one response NAME=flat"
 )
 
 
