@@ -18,21 +18,21 @@ from hakari.inference.sampling import _streams
 
 KERNELS = [name for name in METHODS if name != "auto"]
 PRIORS = {
-    "fixed": hi.RoughnessPenalty(1, 0.3),
-    "half-cauchy": hi.RoughnessPenalty(1),
-    "gamma": hi.RoughnessPenalty(1, "gamma", shape=2.0, rate=0.1),
+    "fixed": hi.RoughnessPenalty(1, 0.3),  # horizons in logarithms, as by default
+    "half-cauchy": hi.RoughnessPenalty(1, spacing="even"),
+    "gamma": hi.RoughnessPenalty(1, "gamma", shape=2.0, rate=0.1, spacing="even"),
     "process": hi.GaussianProcess(0.5, 2.0, 0.6),
     "normal": hi.Normal(np.zeros(4), 0.2 * np.eye(4), [f"y.h{h}" for h in range(4)]),
 }
 WORST = 4.5  # Monte Carlo errors, of some 200 comparisons
 
 
-def posterior(prior, H=3, response="y", T=200):
+def posterior(prior, H=3, response="y", T=200, shrinkage="none"):
     table = var1(0.9, H).make(np.random.default_rng(0), T)
     lp = hi.LocalProjection(
         table, response, "shock", controls=["y", "x1", "x2"], lags=2, horizons=H, shock_lags=0
     )
-    return lp.posterior(prior)
+    return lp.posterior(prior, shrinkage=shrinkage)
 
 
 def gap(found, method, draws=6000, seed=1):
@@ -59,6 +59,14 @@ def error(values):
 
 
 # --- one law --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", KERNELS)
+def test_every_kernel_has_the_law_with_a_shrunk_correlation(method):
+    found = posterior(PRIORS["fixed"], shrinkage="ledoit-wolf")
+    assert 0 < found.intensity < 1
+    assert found.paths[0].precision == 1
+    assert gap(found, method) < WORST
 
 
 @pytest.mark.parametrize("prior", PRIORS)

@@ -295,7 +295,8 @@ class LocalProjection:
             `driscoll-kraay` (with fewer).
         weighting: `frozen` at the estimate, or `continuous`. determinant: of continuous weighting.
         shrinkage: `ledoit-wolf` shrinks the correlation of the estimates towards none; `auto` does
-            so under a prior, which needs its inverse; `none` corrects the inverse by a factor.
+            so under a prior, which needs its inverse, with frozen weighting; `none` corrects the
+            inverse by a factor.
         """
         units = len(self.series.units)
         default = "hc3" if units == 1 else "cluster" if units >= FEW_UNITS else "driscoll-kraay"

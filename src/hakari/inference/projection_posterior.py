@@ -59,6 +59,11 @@ class ProjectionPosterior:
         ):
             if value not in known:
                 raise ValueError(f"{name} {value!r}: use {' or '.join(map(repr, known))}")
+        if self.weighting == "continuous" and self.shrinkage == "ledoit-wolf":
+            raise ValueError(
+                "shrinkage 'ledoit-wolf' is of a frozen covariance: with weighting='continuous' "
+                "use shrinkage='none'"
+            )
         _ = self.paths
         if self.weighting == "continuous":
             self._check_updating()
@@ -95,10 +100,13 @@ class ProjectionPosterior:
 
     @property
     def shrunk(self) -> bool:
-        """Whether the correlation is shrunk; `auto`: where a prior needs its inverse."""
+        """Whether the correlation is shrunk; `auto`: where a prior needs its frozen inverse."""
         priors = by_response(self.prior, self.projection.question.response).values()
         informed = any(not isinstance(prior, Flat) for prior in priors)
-        return self.shrinkage == "ledoit-wolf" or (self.shrinkage == "auto" and informed)
+        frozen = self.weighting == "frozen"
+        return self.shrinkage == "ledoit-wolf" or (
+            self.shrinkage == "auto" and informed and frozen
+        )
 
     @cached_property
     def joint_covariance(self) -> Float[ndarray, "Q Q"]:
