@@ -326,7 +326,7 @@ def _calibrated(
             raise ValueError("calibrate() needs responses that are not known at every horizon")
         return posterior.calibrate(study.level, seed=study.seed, progress=progress), ""
     except ValueError as error:
-        if study.calibrate:
+        if study.calibrate or isinstance(error, np.linalg.LinAlgError):
             raise
         return posterior, str(error).replace("calibrate()", "calibration")
 

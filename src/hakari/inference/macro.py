@@ -24,8 +24,8 @@ INTRO = (
     "2009 (statsmodels' macrodata). The shock is recursive, as in Christiano, Eichenbaum and Evans "
     "(1999): the part of the rate that output, prices and unemployment of the same quarter and "
     "four quarters of all of them do not predict, so that these three cannot move at once. This is "
-    "an assumption, and that prices rise at first in the mean, the price puzzle, is a reason to "
-    "doubt it."
+    "an assumption, and that the estimates of prices rise at first, the price puzzle, is a reason "
+    "to doubt it."
 )
 
 
