@@ -35,13 +35,13 @@ class RoughnessPenalty:
     smoothness: τ itself; `half-cauchy` or `gamma`: sampled; `gcv` or `marginal`: chosen by
     generalised cross-validation or the marginal quasi-likelihood. scale: of the half-Cauchy on τ.
     shape, rate: of the gamma on 1/τ². level: standard deviation of the height of what the
-    differences leave free (constant, line, parabola). spacing: distances of horizons, in
-    `log`(1 + h), since responses bend early and then flatten, `even` as they are, or the likelier
+    differences leave free (constant, line, parabola). spacing: distances of horizons, `even` as
+    they are, in `log`(1 + h), for responses that bend early and then flatten, or the likelier
     of the two by the marginal quasi-likelihood (`marginal`). τ, scale and level are in units of the
     response's standard deviation over the shock's, given the controls.
 
     >>> RoughnessPenalty(order=2)  # doctest: +ELLIPSIS
-    RoughnessPenalty(order=2, ..., spacing='log')
+    RoughnessPenalty(order=2, ..., spacing='marginal')
     """
 
     order: int = 2
@@ -50,7 +50,7 @@ class RoughnessPenalty:
     shape: float = 1.0
     rate: float = 0.01
     level: float = 10.0
-    spacing: Literal["even", "log", "marginal"] = "log"
+    spacing: Literal["even", "log", "marginal"] = "marginal"
 
 
 @dataclass(frozen=True)

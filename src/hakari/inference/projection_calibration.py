@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 class Rate:
     """Learning rate of one response, with a 90 % interval from the bootstrap's own error.
 
-    With weak instruments a rate above 1, which would narrow bands, is cut to 1.
+    A rate above 1, which would narrow bands, is cut to 1: the bootstrap's world is a fitted one.
     covered: share of bootstrap samples whose joint band at `level` held the truth before.
     """
 
@@ -164,12 +164,10 @@ def calibrate(
     spread = draws.std(axis=0)
     own = np.abs(draws - draws.mean(axis=0)) / np.where(spread > 0, spread, 1)
     critical = np.quantile(own.max(axis=2), level, axis=0)
-    weak = _weak(posterior)
-    found = [
+    return tuple(
         _rate(name, statistic[:, j], float(critical[j]), level)
         for j, name in enumerate(lp.question.response)
-    ]
-    return tuple(replace(r, rate=min(r.rate, 1.0)) if weak else r for r in found)
+    )
 
 
 # --- parts --------------------------------------------------------------------------------
@@ -192,15 +190,6 @@ def _check(posterior: ProjectionPosterior, level: float, replications: int) -> N
             raise ValueError(
                 f"calibrate() draws bootstrap samples from one VAR and is not for {what}"
             )
-
-
-def _weak(posterior: ProjectionPosterior) -> bool:
-    """Whether instruments are weak at some horizon: then no rate is let above 1."""
-    lp = posterior.projection
-    if not lp.question.instruments or lp.shape[1] > 1:
-        return False
-    stages = lp.first_stage(posterior.covariance)
-    return bool((stages["effective_f"] < stages["critical"]).any())
 
 
 def _bootstrap(
@@ -281,7 +270,7 @@ def _rate(name: str, statistic: Float[ndarray, " B"], critical: float, level: fl
     middle, lower, upper = (ordered[min(max(i, 0), B - 1)] for i in places)
     rates = [float((critical / q) ** 2) for q in (middle, upper, lower)]
     covered = float((statistic <= critical).mean())
-    return Rate(name, rates[0], (rates[1], rates[2]), covered, level, B)
+    return Rate(name, min(rates[0], 1.0), (rates[1], rates[2]), covered, level, B)
 
 
 @contextmanager

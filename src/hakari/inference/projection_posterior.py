@@ -104,9 +104,7 @@ class ProjectionPosterior:
         priors = by_response(self.prior, self.projection.question.response).values()
         informed = any(not isinstance(prior, Flat) for prior in priors)
         frozen = self.weighting == "frozen"
-        return self.shrinkage == "ledoit-wolf" or (
-            self.shrinkage == "auto" and informed and frozen
-        )
+        return self.shrinkage == "ledoit-wolf" or (self.shrinkage == "auto" and informed and frozen)
 
     @cached_property
     def joint_covariance(self) -> Float[ndarray, "Q Q"]:
