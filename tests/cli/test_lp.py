@@ -77,7 +77,7 @@ def test_text_says_what_the_process_does(from_csv):
     assert "• A rise of e by 1 lowers r: by" in said
     assert "The 90% simultaneous band excludes 0 at quarters 0" in said
     assert "Prior: roughness of order 2 in log horizons on every response" in said
-    assert "Bands are calibrated by a bootstrap: those of y are" in said
+    assert "Bands are calibrated by a bootstrap, which never narrows: those of y are" in said
     assert "The draws are sound" in said
 
 
@@ -388,13 +388,11 @@ def test_what_is_known_without_data_is_exact_and_left_out(known):
 
 
 def test_the_share_narrowed_is_the_priors_and_not_the_calibrations(known):
-    path, rate = known.posterior.paths[0], known.posterior.rates[0]
-    assert rate != 1
+    path, posterior = known.posterior.paths[0], rated(known, 0.5, 0.5).posterior
+    narrowed = known.projection.impulse_response(hi.sample(posterior, seed=1)).narrowed
     flat = np.sqrt(np.diag(known.posterior.joint_covariance))[1:5]
-    np.testing.assert_allclose(
-        known.irf.narrowed[0, 0, 1:], 1 - path.moments[1][1:] / flat, atol=0.05
-    )
-    assert np.isnan(known.irf.narrowed[1]).all()  # flat
+    np.testing.assert_allclose(narrowed[0, 0, 1:], 1 - path.moments[1][1:] / flat, atol=0.05)
+    assert np.isnan(narrowed[1]).all()  # flat
     assert "r flat" in prior_says(known)[0]
     assert "deviation of y" in prior_says(known)[0]
     assert "of r " not in prior_says(known)[0]
@@ -408,11 +406,11 @@ def rated(found, *rates):
 
 
 def test_what_calibration_did_is_said(known):
-    said = rates_say(rated(known, 0.25, 4.0))[0]
-    assert "those of y are 100% wider than without, those of r are 50% narrower" in said
-    said = rates_say(rated(known, 1.0, 0.999))[0]
-    assert "those of y are as they were, those of r are as they were." in said
-    assert said.endswith("With weak instruments calibration narrows none.")
+    (said,) = rates_say(rated(known, 0.25, 1.0))
+    assert "those of y are 100% wider than without, those of r are as they were." in said
+    (said,) = rates_say(rated(known, 1.0, 1.0))
+    assert said.endswith("the bands already cover in the bootstrap: nothing was widened.")
+    assert "those of" not in said
 
 
 def test_a_prior_that_costs_more_than_it_gives_is_told(known):
@@ -483,6 +481,20 @@ def test_a_response_whose_band_holds_zero_is_not_claimed():
     assert cost_says(found) == []
     assert instruments_say(found) == []
     assert found.grain == "period"
+
+
+def test_too_few_horizons_for_the_default_prior_are_flat_and_told():
+    note = "priors that were not given are flat"
+    study = Study(table(), ("y", "r"), ("e",), lags=1, horizons=1, draws=100, calibrate=False)
+    found = find(study)
+    assert found.priors == {"y": "flat", "r": "flat"}
+    assert sum(note in text for text in found.irf.notes) == 1
+    found = find(replace(study, prior=("y=normal(0, 1)",)))
+    assert (found.priors["r"], note in found.irf.notes[-1]) == ("flat", True)
+    found = find(replace(study, prior=("flat",)))
+    assert not any(note in text for text in found.irf.notes)
+    with pytest.raises(ValueError, match="order 2 needs more than 2 horizons"):
+        find(replace(study, prior=("roughness",)))
 
 
 def test_scale_sd_is_one_deviation_of_the_shock():

@@ -165,10 +165,18 @@ def test_the_rate_is_an_order_statistic():
 def test_a_seed_has_its_rate():
     posterior = projection().posterior(hi.RoughnessPenalty(2))
     one, again, other = (
-        posterior.calibrate(replications=20, seed=seed).calibration[0] for seed in (1, 1, 2)
+        posterior.calibrate(replications=100, seed=seed).calibration[0] for seed in (1, 1, 2)
     )
     assert one == again
-    assert one.rate != other.rate
+    assert one.interval != other.interval
+
+
+def test_a_band_is_never_narrowed():
+    """Errors of a tenth of what the posterior says: its rate would be 100, and is 1."""
+    rate = calibration._rate("y", np.linspace(0.01, 0.4, 199), 3.0, 0.9)
+    assert rate.rate == 1
+    assert rate.interval[0] > 1
+    assert rate.covered == 1
 
 
 def test_powered_draws_spread_about_the_same_mean():
@@ -210,13 +218,13 @@ def leading():
 )
 def test_what_one_var_cannot_draw_is_refused(make, what):
     with pytest.raises(ValueError, match=f"from one VAR and is not for {what}"):
-        make().posterior().calibrate(replications=20)
+        make().posterior().calibrate(replications=100)
 
 
 def test_continuous_weighting_is_refused():
     posterior = projection().posterior(hi.RoughnessPenalty(2), weighting="continuous")
     with pytest.raises(ValueError, match="is not for continuous weighting"):
-        posterior.calibrate(replications=20)
+        posterior.calibrate(replications=100)
 
 
 @pytest.mark.parametrize(
@@ -224,6 +232,7 @@ def test_continuous_weighting_is_refused():
     [
         ({"replications": 19}, "replications 19: at least 20 bootstrap samples are needed"),
         ({"replications": 50.0}, r"replications 50\.0: at least 20"),
+        ({"level": 0.99, "replications": 200}, "replications 200: at least 1000 are needed"),
         ({"level": 1.0}, r"level 1\.0: a probability between 0 and 1 is needed"),
     ],
 )

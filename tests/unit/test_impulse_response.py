@@ -280,17 +280,21 @@ def edges(area):
 
 
 def test_panels_show_the_numbers(irf):
-    figure = replace(irf, anderson_rubin=sets(irf)).plot(0.9, prior=True, unit="quarters")
+    words = {"unit": "quarters", "units": {"gov": "%"}, "impulses": {"oil": "dearer oil"}}
+    words |= {"estimator": "least squares", "sets_level": 0.8}
+    figure = replace(irf, anderson_rubin=sets(irf)).plot(0.9, prior=True, **words)
     panel = figure.axes[2]  # gov to news
     table = irf.select("gov", "news").to_dataframe(0.9)
     there = named(panel)
     assert list(there) == [
-        *("prior, 90% pointwise", "90% simultaneous (sup-t)", "90% pointwise", "68% pointwise"),
-        *("Anderson-Rubin", "posterior mean", "estimate"),
+        *("prior, 90% pointwise", "paths of the prior"),
+        *("90% simultaneous (sup-t)", "90% pointwise", "68% pointwise"),
+        *("Anderson-Rubin, 80% pointwise", "posterior mean", "least squares"),
     ]
     np.testing.assert_allclose(there["posterior mean"].get_ydata(), table["mean"])
-    np.testing.assert_allclose(there["estimate"].get_ydata(), table["estimate"])
-    np.testing.assert_allclose(there["Anderson-Rubin"].get_ydata(), -1 - np.arange(H))
+    np.testing.assert_allclose(there["least squares"].get_ydata(), table["estimate"])
+    lower = there["Anderson-Rubin, 80% pointwise"].get_ydata()
+    np.testing.assert_allclose(lower, -1 - np.arange(H))
     for label, name in (("90% simultaneous (sup-t)", "joint"), ("90% pointwise", "pointwise")):
         for h, ends in enumerate(edges(there[label])):
             expected = table.loc[h, [f"lower_{name}", f"upper_{name}"]]
@@ -299,8 +303,25 @@ def test_panels_show_the_numbers(irf):
     assert low < min(0, table["lower_joint"].min())
     assert high > table["upper_joint"].max()
     assert panel.get_xlabel() == "horizon (quarters)"
-    assert panel.get_ylabel() == "gov"
-    assert figure.axes[1].get_title() == "response to oil"
+    assert panel.get_ylabel() == "gov (%)"
+    assert figure.axes[1].get_title() == "response to dearer oil"
+    assert len(panel.texts) == 0  # the sets are bounded
+
+
+def test_the_priors_band_is_whole_in_its_panel(irf):
+    wide = replace(irf, prior_draws=50 * irf.prior_draws)
+    for axis in wide.plot(0.9, "pointwise", narrow=None, prior=True).axes:
+        low, high = axis.get_ylim()
+        ends = [line.get_ydata() for line in axis.lines if line.get_linewidth() == 1.3]
+        assert len(ends) == 2
+        assert low < min(map(np.min, ends)) < max(map(np.max, ends)) < high
+
+
+def test_words_of_what_is_not_in_the_figure_are_refused(irf):
+    with pytest.raises(ValueError, match=r"units of 'gdpp', which is not here \(gdp, gov, news"):
+        irf.plot(units={"gdpp": "%"})
+    with pytest.raises(ValueError, match="impulses of 'gdp', which is not here"):
+        irf.plot(impulses={"gdp": "a rise"})
 
 
 def test_median_and_parts_that_are_not_asked_for(irf):
@@ -314,14 +335,18 @@ def test_median_and_parts_that_are_not_asked_for(irf):
     assert figure.axes[0].get_title() == "gov"
 
 
-def test_infinite_sets_and_wide_priors_leave_the_panel(irf):
-    infinite = sets(irf).assign(upper=np.inf)
-    wide = replace(irf, anderson_rubin=infinite, prior_draws=1e6 * irf.prior_draws)
-    axis = wide.plot(prior=True).axes[0]
+def test_infinite_sets_leave_the_panel_and_are_told(irf):
+    infinite = sets(irf).assign(lower=-1e6, upper=np.inf)
+    axis = replace(irf, anderson_rubin=infinite).plot().axes[0]
+    assert [text.get_text() for text in axis.texts] == ["AR set unbounded"]
+    some = sets(irf)
+    some.loc[some["horizon"].isin([0, 2, 3]), "lower"] = -np.inf
+    told = replace(irf, anderson_rubin=some).plot().axes[0].texts[0].get_text()
+    assert told == "AR set unbounded at 0, 2 to 3"
     table = irf.select("gdp", "news").to_dataframe()
     span = table["upper_joint"].max() - min(table["lower_joint"].min(), 0)
     low, high = axis.get_ylim()
-    assert high - low == pytest.approx(3 * span * 1.1)
+    assert high - low == pytest.approx(2 * span * 1.1)  # no finite end is above the bands
     above = max(line.get_ydata().min() for line in axis.lines if line.get_linestyle() == ":")
     assert high < above < np.inf
 
@@ -347,3 +372,41 @@ def test_every_number_of_panels_is_drawn(R, S, panels, tmp_path):
     assert len(figure.axes) == panels
     assert sum(axis.axison for axis in figure.axes) == R * S
     figure.savefig(tmp_path / "figure.png", dpi=40)
+
+
+# --- sums, contrasts, coupling ----------------------------------------------------------------
+
+
+def two_by_two(**fields):
+    draws = np.random.default_rng(5).standard_normal((200, 2, 2, 3))
+    words = {"responses": ("y", "g"), "shocks": ("a", "b"), "horizons": (0, 1, 2)}
+    return ImpulseResponse(draws, **words | fields)
+
+
+def test_responses_of_sums_are_divided_as_they_are_and_not_summed_again():
+    plain = two_by_two()
+    summed = plain.cumulative()
+    assert summed.cumulated
+    np.testing.assert_allclose(
+        summed.multiplier("y", "g").draws, plain.multiplier("y", "g").draws, rtol=1e-12
+    )
+    with pytest.raises(ValueError, match="are of sums already"):
+        summed.cumulative()
+
+
+def test_difference_is_draw_by_draw():
+    found = two_by_two()
+    gap = found.difference("a", "b")
+    assert gap.shocks == ("a less b",)
+    np.testing.assert_array_equal(gap.draws[:, :, 0], found.draws[:, :, 0] - found.draws[:, :, 1])
+    with pytest.raises(ValueError, match="shock 'c'"):
+        found.difference("a", "c")
+
+
+def test_statements_across_responses_need_coupled_draws():
+    found = two_by_two(coupled=False)
+    with pytest.raises(ValueError, match="a multiplier needs draws of all responses together"):
+        found.multiplier("y", "g")
+    with pytest.raises(ValueError, match="a band over all responses needs draws"):
+        found.bands(over="all")
+    assert len(found.bands()) == 12

@@ -37,11 +37,28 @@ def lagged(data, names, lags):
 def test_example_writes_and_says(run):
     done, out = run
     assert done.returncode == 0, done.stderr
-    ways = ("monetary_policy_lp", "monetary_policy_iv")
+    ways = ("monetary_policy_lp", "monetary_policy_iv", "monetary_policy_lp_1990")
     assert {p.name for p in out.iterdir()} == {f"{w}.{end}" for w in ways for end in ("png", "csv")}
-    assert "1990-01 to 2012-06, 270 rows" in done.stdout
+    assert "Samples differ: (a) is 1980-07 to 2008-06, (b) 1990-01 to 2012-06" in done.stdout
+    assert done.stdout.count("Simultaneous 90% bands covered in the bootstrap before") == 3
     assert "First stage of ff4_tc: effective F" in done.stdout
-    assert "logip: the simultaneous 90% band excludes 0 at months 1, 2, 3" in done.stdout
+    assert "logip: the simultaneous 90% band excludes 0 at months 1 to" in done.stdout
+    assert "the output puzzle, a reason to doubt" in done.stdout
+
+
+@needs_data
+def test_no_finding_hides_what_the_sets_say(run):
+    """From the tables: where sets exclude 0 and the band does not, the months are printed."""
+    done, out = run
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.partition("monetary_policy_iv:")[2].partition("monetary_policy_lp_1990")[0]
+    table = pd.read_csv(out / "monetary_policy_iv.csv")
+    for response, part in table.groupby("response"):
+        (line,) = [text for text in said.splitlines() if text.startswith(f"{response}: ")]
+        sets = (part["lower_ar"] > 0) | (part["upper_ar"] < 0)
+        band = (part["lower_joint"] > 0) | (part["upper_joint"] < 0)
+        assert ("exclude 0 at months" in line) == (sets & ~band).any()
+        assert ("contains 0 at every horizon" in line) == (not (sets | band).any())
 
 
 @needs_data
@@ -75,8 +92,19 @@ def test_findings_are_not_claimed_of_what_is_zero_by_assumption():
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     band = {"lower_joint": [1e-12, -1.0], "upper_joint": [2e-12, 1.0]}
+    band |= {"lower_pointwise": [1e-12, -0.5], "upper_pointwise": [2e-12, 0.5]}
     table = pd.DataFrame({"horizon": [0, 1], "mean": [1e-12, 0.0], "sd": [1e-12, 0.5]} | band)
     assert "contains 0 at every horizon" in example.finding(table, "y")
+    wide = table.assign(lower_ar=[0.0, -2.0], upper_ar=[0.0, 2.0])
+    assert "contains 0 at every horizon" in example.finding(wide, "y")
+    above = example.finding(table.assign(lower_ar=[0.0, 0.2], upper_ar=[0.0, 3.0]), "logip")
+    assert "every horizon" not in above
+    assert "exclude 0 at months 1, where the simultaneous band contains it" in above
+    assert "as the pointwise band does. It rises (sets: months 1)" in above
+    away = table.assign(lower_joint=[0.0, 0.1], mean=[0.0, 0.4], lower_ar=-2.0, upper_ar=2.0)
+    said = example.finding(away, "ebp")
+    assert "Anderson-Rubin sets contain 0, although the simultaneous band does not" in said
+    assert "puzzle" not in said
     strong = pd.DataFrame({"effective_f": [30.0, 40.0], "critical": [23.1, 23.1]})
     assert example.strength(strong).endswith("strong.")
 

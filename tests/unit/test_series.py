@@ -314,7 +314,8 @@ def test_duplicates_and_disorder():
     [
         (
             ["1991-01", "1991-02", "1991-04", "1991-05", "1991-08"],
-            "date: 1991-03 is missing after 1991-02, the first of 2 gaps with 3 months in all: add",
+            "date: 1991-03 is missing after 1991-02, the first of 2 gaps with 3 months in all: "
+            "cut the table to a stretch without gaps, add the rows with values, or",
         ),
         (["1990Q1", "1990Q2", "1990Q4", "1991Q1"], "1990Q3 is missing after 1990Q2"),
         ([1, 2, 4], "3 is missing after 2, the first of 1 gaps with 1 steps"),
@@ -339,6 +340,15 @@ def test_duplicates_and_disorder():
 )
 def test_gaps(dates, message):
     refused(dates, message)
+
+
+def test_advice_on_gaps_works():
+    frame = pd.DataFrame({"date": [1, 2, 3, 5, 6], "y": [1.0, 2.0, 3.0, 5.0, 6.0]})
+    with pytest.raises(ValueError, match="4 is missing after 3"):
+        read_series(frame, ["y"], "date")
+    whole = pd.concat([frame, pd.DataFrame({"date": [4], "y": [4.0]})]).sort_values("date")
+    for table in (frame[frame["date"] <= 3], frame[frame["date"] > 3], whole):
+        assert refuse_interior_gaps(read_series(table, ["y"], "date"), ["y"]) == ()
 
 
 def test_gaps_of_units():
@@ -375,7 +385,9 @@ def test_missing_values_inside_are_refused_and_edges_noted():
         "late starts at 1973-03",
         "early ends at 1973-04",
     )
-    with pytest.raises(ValueError, match="hole is missing at 1973-02, one of 2 missing values"):
+    with pytest.raises(
+        ValueError, match=r"hole is missing at 1973-02, one of 2 .*: cut the table to a stretch"
+    ):
         refuse_interior_gaps(series, ["hole"])
     with pytest.raises(ValueError, match="none has no values in 5 rows: drop it"):
         refuse_interior_gaps(series, ["none"])

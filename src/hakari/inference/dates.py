@@ -117,7 +117,7 @@ def regular(clock: Clock, panel: Panel) -> Int[ndarray, " N"]:
     """Consecutive numbers; raises ValueError for gaps and for other steps than the usual one."""
     rows = _within(panel.unit)
     usual, steps = _steps(clock.numbers, panel.unit)
-    way = "or number the rows by a column of whole numbers"
+    number = "number the rows by a column of whole numbers"
     gaps = steps // usual - 1
     off = np.flatnonzero((clock.numbers - clock.numbers[0]) % usual)
     if len(off):
@@ -125,7 +125,7 @@ def regular(clock: Clock, panel: Panel) -> Int[ndarray, " N"]:
         start, here = (clock.label(int(clock.numbers[r])) for r in (0, row))
         raise ValueError(
             f"{clock.name}: {here}{panel.of(row)} is off the usual step of {usual} "
-            f"{clock.grain} that starts at {start}: correct the date, {way}"
+            f"{clock.grain} that starts at {start}: correct the date, or {number}"
         )
     if gaps.any():
         first = int(rows[np.flatnonzero(gaps)[0]])
@@ -133,7 +133,8 @@ def regular(clock: Clock, panel: Panel) -> Int[ndarray, " N"]:
         raise ValueError(
             f"{clock.name}: {clock.label(before + usual)}{panel.of(first)} is missing after "
             f"{clock.label(before)}, the first of {np.count_nonzero(gaps)} gaps with {gaps.sum()} "
-            f"{clock.grain} in all: add these rows, with empty values, {way}"
+            f"{clock.grain} in all: cut the table to a stretch without gaps, add the "
+            f"rows with values, or, where nothing happened between, {number}"
         )
     return clock.numbers // usual
 
@@ -151,7 +152,10 @@ def numbers_of(column: pd.Series, name: str) -> Float[ndarray, " N"]:
     values[column.notna()] = known.to_numpy(dtype=float)
     bad = np.isinf(values)
     if bad.any():
-        raise ValueError(f"{name} is {values[bad][0]} {_row(bad)}: leave it empty, or drop them")
+        raise ValueError(
+            f"{name} is {values[bad][0]} {_row(bad)}: give finite values, or cut the table to a "
+            "stretch without gaps"
+        )
     return values
 
 
@@ -159,7 +163,9 @@ def refuse_missing(column: pd.Series, name: str) -> None:
     """Raise ValueError where dates or units are missing."""
     bad = column.isna().to_numpy()
     if bad.any():
-        raise ValueError(f"{name} is missing {_row(bad)}: fill it in, or drop these rows")
+        raise ValueError(
+            f"{name} is missing {_row(bad)}: fill it in, or cut the table to a stretch without gaps"
+        )
 
 
 # --- parts --------------------------------------------------------------------------------

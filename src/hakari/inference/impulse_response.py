@@ -30,6 +30,8 @@ class ImpulseResponse:
     response, for bands of highest density. prior_draws: NaN where the prior is flat.
     narrowed: share by which the prior narrowed the deviation, 1 − sd / sd_flat. anderson_rubin:
     a row a response, shock and horizon, with `lower` and `upper`, which may be infinite.
+    cumulated: responses of sums. coupled: whether draws of different responses depend on each
+    other as they should; if not, statements across responses are refused.
     Raises ValueError where shapes or names do not fit.
 
     >>> found = ImpulseResponse(np.ones((100, 1, 1, 3)), ("y",), ("e",), (0, 1, 2))
@@ -48,6 +50,8 @@ class ImpulseResponse:
     title: str = ""
     anderson_rubin: pd.DataFrame | None = None
     notes: tuple[str, ...] = ()
+    cumulated: bool = False
+    coupled: bool = True
 
     def __post_init__(self) -> None:
         _check(self)
@@ -75,8 +79,10 @@ class ImpulseResponse:
         """Responses summed over horizons, draw by draw.
 
         Anderson-Rubin sets and the share narrowed by the prior do not add up and are left out.
-        Raises ValueError unless the horizons follow each other.
+        Raises ValueError unless the horizons follow each other, and for responses of sums.
         """
+        if self.cumulated:
+            raise ValueError("the responses are of sums already (cumulative=True): nothing to add")
         first, last = self.horizons[0], self.horizons[-1]
         if len(self.horizons) != last - first + 1:
             raise ValueError(
@@ -87,16 +93,20 @@ class ImpulseResponse:
         notes = (*self.notes, f"cumulated from horizon {first} on") if first else self.notes
         title = f"{self.title}, cumulated" if self.title else "cumulated"
         summed |= {"narrowed": None, "anderson_rubin": None}
-        return replace(self, title=title, notes=notes, **summed)
+        return replace(self, title=title, notes=notes, cumulated=True, **summed)
 
     def multiplier(self, response: str, impulse: str) -> ImpulseResponse:
         """Cumulated response over cumulated response of `impulse`, draw by draw.
 
         Ramey and Zubairy (2018). A ratio has heavy tails, so read quantiles: bands of kind
         `quantile`, medians. Where the denominator is 0 it is NaN; `notes` says where 0 is within
-        the denominator's pointwise 99% interval. Raises ValueError for horizons with gaps.
+        the denominator's pointwise 99% interval. Responses of sums are divided as they are.
+        Raises ValueError for horizons with gaps, and draws that are not coupled.
         """
-        above, below = (self.select([name]).cumulative() for name in (response, impulse))
+        self._refuse_uncoupled("a multiplier")
+        above, below = (self.select([name]) for name in (response, impulse))
+        if not self.cumulated:
+            above, below = above.cumulative(), below.cumulative()
         part: dict[str, Any] = {
             name: _ratio(path, getattr(below, name))
             for name, path in _each(above, _PATHS[:3], np.asarray).items()
@@ -104,6 +114,27 @@ class ImpulseResponse:
         part |= {"log_density": None, "title": "cumulative multiplier"}
         notes = (*above.notes, *_weak_denominators(below))
         return replace(above, responses=(f"{response} / {impulse}",), notes=notes, **part)
+
+    def difference(self, first: str, second: str) -> ImpulseResponse:
+        """Responses to one shock less those to another, as between regimes, draw by draw.
+
+        Names must be of `shocks`; the new shock is called `first less second`.
+        """
+        one, other = self.select(shock=first), self.select(shock=second)
+        part: dict[str, Any] = {
+            name: path - getattr(other, name)
+            for name, path in _each(one, _PATHS[:3], np.asarray).items()
+        }
+        part |= {"log_density": None, "narrowed": None, "anderson_rubin": None}
+        return replace(one, shocks=(f"{first} less {second}",), **part)
+
+    def _refuse_uncoupled(self, what: str) -> None:
+        if not self.coupled and len(self.responses) > 1:
+            raise ValueError(
+                f"{what} needs draws of all responses together, and these kernels or this "
+                "weighting draw each by itself: sample with method='concentrated' and "
+                "weighting='frozen'"
+            )
 
     # --- tables -----------------------------------------------------------------------------
 
@@ -123,6 +154,8 @@ class ImpulseResponse:
         """
         if over not in ("response", "all"):
             raise ValueError(f"over {over!r}: 'response' (each by itself) or 'all' (all jointly)")
+        if over == "all":
+            self._refuse_uncoupled("a band over all responses")
         R, S, H = self.draws.shape[1:]
         groups = self.draws.reshape(len(self.draws), -1, R * S * H if over == "all" else H)
         ends, facts = np.full((2, *groups.shape[1:]), np.nan), []

@@ -8,6 +8,7 @@ out exactly: what is sampled is the response. local-projections.md.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from hakari.inference.horseshoe import Horseshoe
     from hakari.inference.impulse_response import ImpulseResponse
 
+MOST_HORIZONS = 100_000  # a number beyond it is a slip
 FEW_UNITS = 10  # below, clusters are too few to tell a variance from
 
 
@@ -119,6 +121,9 @@ class LocalProjection:
         whole = [name for name in question.columns if name not in question.instruments]
         gaps = refuse_interior_gaps(series, whole)
         self.series: Series = series
+        if question.horizons[-1] >= len(series.period):
+            within = replace(question, horizons=tuple(range(len(series.period))))
+            refuse_few_rows(within, build(within, series), series)  # before memory runs out
         self.design: Design = build(question, series)
         self.controls_prior = controls_prior
         if controls_prior is None:
@@ -376,7 +381,7 @@ def _horizons(given: int | Iterable[int]) -> tuple[int, ...]:
     found: tuple[int, ...] = ()
     if isinstance(given, Iterable):
         found = tuple(given)
-    elif isinstance(given, int | np.integer):
+    elif isinstance(given, int | np.integer) and given < MOST_HORIZONS:
         found = tuple(range(given + 1))
     whole = all(isinstance(h, int | np.integer) for h in found)
     if not found or not whole or min(found) < 0 or list(found) != sorted(set(found)):

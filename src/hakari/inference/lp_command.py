@@ -13,7 +13,14 @@ from rich.console import Console
 from hakari import run
 from hakari.inference.lp_report import PACKAGES, lp_chapter, verdict
 from hakari.inference.lp_study import NARROW, Findings, Study, find
-from hakari.inference.lp_tables import horizon_tables, narrowed_table, shape_table, strength_table
+from hakari.inference.lp_tables import (
+    horizon_tables,
+    impulse,
+    lowered,
+    narrowed_table,
+    shape_table,
+    strength_table,
+)
 from hakari.inference.patience import patience
 from hakari.inference.result import save
 from hakari.report import write_report
@@ -66,14 +73,25 @@ def write_run(found: Findings, folder: Path) -> Path:
 
 def figures(found: Findings) -> dict[str, Figure]:
     """The figures by the name of their files: responses, prior, instruments."""
-    study, unit = found.study, f"{found.grain}s"
+    study = found.study
+    estimator = "two-stage least squares" if study.instrument else "least squares"
+    names: dict[str, Any] = {
+        "unit": f"{found.grain}s",
+        "units": {y: study.units[y] for y in found.irf.responses if y in study.units},
+        "impulses": {e: lowered(impulse(found, s)) for s, e in enumerate(found.irf.shocks)},
+        "estimator": f"{estimator}, controls shrunk"
+        if found.projection.controls_prior
+        else estimator,
+    }
     bare = replace(found.irf, anderson_rubin=None)  # the sets have a figure of their own
-    out = {"responses": bare.plot(study.level, study.band, narrow=NARROW, unit=unit)}
+    out = {"responses": bare.plot(study.level, study.band, narrow=NARROW, **names)}
     if bare.prior_draws is not None:
-        prior = bare.plot(study.level, "pointwise", narrow=None, prior=True, unit=unit)
+        prior = bare.plot(study.level, "pointwise", narrow=None, prior=True, **names)
         out["prior"] = prior
     if found.irf.anderson_rubin is not None:
-        sets = found.irf.plot(study.level, "pointwise", narrow=None, unit=unit)
+        sets = found.irf.plot(
+            study.level, "pointwise", narrow=None, sets_level=study.level, **names
+        )
         out["instruments"] = sets
     return out
 

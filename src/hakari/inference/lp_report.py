@@ -134,12 +134,12 @@ def rates_say(found: Findings) -> list[str]:
     parts = []
     for one in found.posterior.calibration:
         factor = one.rate**-0.5 - 1
-        change = f"{abs(factor):.0%} {'wider' if factor >= 0 else 'narrower'} than without"
-        same = abs(factor) < 0.005
-        parts.append(f"those of {one.response} are {'as they were' if same else change}")
-    cut = any(one.rate == 1 for one in found.posterior.calibration)
-    weak = " With weak instruments calibration narrows none." * cut
-    return [f"Bands are calibrated by a bootstrap: {', '.join(parts)}.{weak}"]
+        same = factor < 0.005
+        change = "as they were" if same else f"{factor:.0%} wider than without"
+        parts.append(f"those of {one.response} are {change}")
+    if all(one.rate == 1 for one in found.posterior.calibration):
+        return ["Calibration: the bands already cover in the bootstrap: nothing was widened."]
+    return [f"Bands are calibrated by a bootstrap, which never narrows: {', '.join(parts)}."]
 
 
 def cost_says(found: Findings) -> list[str]:
@@ -233,9 +233,10 @@ def _prior(found: Findings, figure: Figure | None) -> list[Section]:
         blocks.append(
             Picture(
                 figure,
-                "Pointwise bands of the prior behind those of the posterior",
-                "The prior's band (hatched) beside the posterior's. It leaves the panel where it "
-                "says little about the level and only asks for a smooth path.",
+                "Pointwise bands and paths of the prior beside the bands of the posterior",
+                "The prior's band and some of its paths (orange) around the posterior's, on the "
+                "prior's scale. A wide band of smooth paths says little about the level and "
+                "only asks that the response bend slowly.",
             )
         )
     return [Section("The prior's share", blocks)]
@@ -253,8 +254,8 @@ def _instruments(found: Findings, figure: Figure | None) -> list[Section]:
             figure,
             "Anderson-Rubin sets beside the posterior's pointwise bands",
             f"Anderson-Rubin sets (dotted) at {found.study.level:.0%}, horizon by horizon and "
-            "without a prior, beside the posterior. Where they leave the panel they may be "
-            "unbounded.",
+            "without a prior, beside the posterior. Where a set is unbounded "
+            "the panel says so.",
         )
     )
     return [Section("Strength of the instruments", blocks)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from math import ceil, isfinite
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -32,6 +32,7 @@ from hakari.inference.projection_posterior import ProjectionPosterior
 from hakari.inference.sampling import sample
 
 _GRAINS = ((r"\d{4}-\d{2}", "month"), (r"\d{4}Q\d", "quarter"), (r"\d{4}", "year"))
+DEFAULT = RoughnessPenalty()
 NARROW = 0.68  # level of the inner band of the figures
 GRAMMAR = (
     "write roughness(ORDER), process(NU), normal(MEAN, SD) or flat, with options as in "
@@ -183,8 +184,9 @@ def find(
     """
     with threadpool_limits(1, user_api="blas"):  # small matrices: BLAS threads only wait
         projection = _projection(study)
+        prior, fallen = _priors(study, len(projection.question.horizons))
         posterior = projection.posterior(
-            parse_path_priors(study.prior, study.response),
+            prior,
             study.covariance,
             weighting=cast(Any, study.weighting),
             shrinkage=cast(Any, study.shrinkage),
@@ -198,7 +200,8 @@ def find(
         result = sample(posterior, "auto", study.draws, study.chains, study.seed, progress=progress)
         if keep is not None:
             keep(result)
-        return _findings(study, posterior, result, uncalibrated)
+        found = _findings(study, posterior, result, uncalibrated)
+        return replace(found, irf=replace(found.irf, notes=(*found.irf.notes, *fallen)))
 
 
 # --- priors as typed ----------------------------------------------------------------------
@@ -213,9 +216,9 @@ _OPTIONS = {
 
 
 def parse_path_priors(
-    texts: Sequence[str], responses: Sequence[str]
+    texts: Sequence[str], responses: Sequence[str], default: PathPrior = DEFAULT
 ) -> PathPrior | dict[str, PathPrior]:
-    """The priors that these texts describe; `roughness` for responses that none reaches.
+    """The priors that these texts describe; the default for responses that none reaches.
 
     A text with a name holds for that response. Numbers without a name come in the order of the
     options; the second one of `normal` is a standard deviation.
@@ -234,7 +237,7 @@ def parse_path_priors(
     general = [prior for name, prior in given if name is None]
     if len(general) > 1:
         raise ValueError(f"two priors for all responses ({', '.join(texts)}): give one")
-    every: PathPrior = general[0] if general else RoughnessPenalty()
+    every: PathPrior = general[0] if general else default
     own = {name: prior for name, prior in given if name is not None}
     return {y: own.get(y, every) for y in responses} if own else every
 
@@ -288,6 +291,21 @@ def _value(text: str, label: str, value: str) -> Any:
 
 
 # --- parts --------------------------------------------------------------------------------
+
+
+def _priors(
+    study: Study, horizons: int
+) -> tuple[PathPrior | dict[str, PathPrior], tuple[str, ...]]:
+    """The priors, and a note where horizons are too few for the default: it is flat there."""
+    usual = parse_path_priors(study.prior, study.response)
+    if horizons > DEFAULT.order:
+        return usual, ()
+    found = parse_path_priors(study.prior, study.response, Flat())
+    note = (
+        f"the default prior, a roughness of order {DEFAULT.order}, needs more than "
+        f"{DEFAULT.order} horizons, not {horizons}: priors that were not given are flat"
+    )
+    return found, () if found == usual else (note,)
 
 
 def _projection(study: Study) -> LocalProjection:

@@ -125,9 +125,11 @@ def rates_table(found: Findings) -> Table | None:
         f"{rates[0].replications} bootstrap samples whose {rates[0].level:.0%} joint band held the "
         "truth without it."
     )
-    if any(one.rate == 1 for one in rates):
-        caption += " Rates are cut at 1 where instruments are weak."
-    return Table(head, rows, caption)
+    return Table(
+        head,
+        rows,
+        f"{caption} Rates are cut at 1, their intervals not: calibration narrows nothing.",
+    )
 
 
 # --- words --------------------------------------------------------------------------------

@@ -179,6 +179,11 @@ def _check(posterior: ProjectionPosterior, level: float, replications: int) -> N
         raise ValueError(f"level {level!r}: a probability between 0 and 1 is needed")
     if not isinstance(replications, int | np.integer) or replications < 20:
         raise ValueError(f"replications {replications!r}: at least 20 bootstrap samples are needed")
+    needed = int(np.ceil(10 / (1 - level) - 1e-9))
+    if replications < needed:
+        raise ValueError(
+            f"replications {replications}: at least {needed} are needed for level {level:g}"
+        )
     for what, found in (
         ("a panel", len(lp.series.units) > 1),
         ("state-dependent projections", lp.question.state is not None),

@@ -85,7 +85,28 @@ class ProjectionPosterior:
                 f"{max(lp.rows_used)} rows: its joint bands are too narrow in short samples; with "
                 "one lag more than the dynamics need, hc3 has no need of lags"
             )
-        return (*lp.notes, *out)
+        return (*lp.notes, *out, *self._weakness)
+
+    @cached_property
+    def _weakness(self) -> tuple[str, ...]:
+        """Few rows, and instruments that are weak at some horizon."""
+        lp, out = self.projection, []
+        rows, free = min(lp.rows_used), min(lp.rows_used) - max(lp.coefficients_by_horizon)
+        if free < 2 * lp.shape[2]:
+            out.append(
+                f"{rows} rows leave {free} degrees of freedom for {lp.shape[2]} horizons: joint "
+                "bands from so few are not to be trusted; fewer lags or horizons"
+            )
+        if lp.question.instruments and lp.shape[1] == 1:
+            stages = lp.first_stage(self.covariance)
+            weak = stages[stages["effective_f"] < stages["critical"]]
+            if len(weak):
+                out.append(
+                    f"the instruments are weak: effective F {weak['effective_f'].min():.1f}, below "
+                    f"{weak['critical'].max():.1f} (Montiel Olea and Pflueger, 2013): read the "
+                    "Anderson-Rubin sets beside the posterior"
+                )
+        return tuple(out)
 
     @property
     def rates(self) -> tuple[float, ...]:

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from numpy import ndarray
 from numpy.random import Generator
 
+from hakari.inference.bands import sup_t
 from hakari.inference.diagnostics import stuck_chains
 from hakari.inference.impulse_response import ImpulseResponse
 from hakari.inference.projection_posterior import ProjectionPosterior
@@ -138,7 +139,7 @@ def impulse_response(
     spread = draws.std(axis=0, ddof=1) * np.sqrt(rates)  # the rate's widening is not the prior's
     smoothed = np.isin(lp.question.response, json.loads(result.attrs["smoothed"]))[:, None, None]
     narrowed = np.where(known | ~smoothed, np.nan, 1 - spread / np.where(known, 1, flat_sd))
-    q = lp.question
+    q, notes = lp.question, _contradicted(lp, draws) if len(draws) >= 40 else []
     return ImpulseResponse(
         draws * factor,
         q.response,
@@ -149,8 +150,10 @@ def impulse_response(
         prior_draws=prior,
         narrowed=narrowed if smoothed.any() else None,
         title="cumulative" if q.cumulative else "",
+        cumulated=q.cumulative,
+        coupled=bool(result.attrs["coupled"]),
         anderson_rubin=_sets(lp, str(result.attrs["covariance"]), factor, level),
-        notes=tuple(json.loads(result.attrs["notes"])),
+        notes=(*json.loads(result.attrs["notes"]), *(notes if smoothed.any() else ())),
     )
 
 
@@ -163,6 +166,29 @@ def _sets(
     sets = lp.anderson_rubin(level, covariance)
     ends = np.sort(sets[["lower", "upper"]].to_numpy(dtype=float) * factor[0], axis=1)
     return sets.assign(lower=ends[:, 0], upper=ends[:, 1])
+
+
+def _coupled(posterior: ProjectionPosterior, method: str) -> bool:
+    """Whether draws of different responses carry the joint noise of the system."""
+    flat = all(path.form is None for path in posterior.paths)
+    joint = method in ("concentrated", "gibbs") or (method == "da-approx" and flat)
+    return posterior.weighting == "frozen" and joint
+
+
+def _contradicted(lp: LocalProjection, draws: Float[ndarray, "N J S H"]) -> list[str]:
+    """A sentence a response whose estimates leave the posterior's joint band at many horizons."""
+    out, H = [], lp.shape[2]
+    for j, name in enumerate(lp.question.response):
+        for s in range(lp.shape[1]):
+            found = sup_t(draws[:, j, s], 0.9)
+            estimate, slack = lp.estimate[j, s], 1e-9 * np.abs(lp.estimate[j, s]).max()
+            gone = (estimate < found.lower - slack) | (estimate > found.upper + slack)
+            if gone.sum() > H / 5:
+                out.append(
+                    f"{name}: estimates lie outside the posterior's 90% joint band at "
+                    f"{gone.sum()} of {H} horizons: the prior may not fit its path; compare flat"
+                )
+    return out
 
 
 def _factor(lp: LocalProjection, scale: float | Literal["sd"]) -> Float[ndarray, "S 1"]:
@@ -198,6 +224,7 @@ def _attributes(
         "priors": json.dumps([p.form.label if p.form else "flat" for p in posterior.paths]),
         "smoothed": json.dumps([p.name for p in posterior.paths if p.form is not None]),
         "flat_sd": json.dumps(sd.tolist()),
+        "coupled": int(_coupled(posterior, method)),
         "rates": json.dumps(list(posterior.rates)),
         "rows": int(max(lp.rows_used)),
         "notes": json.dumps(list(posterior.notes)),

@@ -157,8 +157,8 @@ def _edge_notes(series: Series, name: str, there: Int[ndarray, " n"]) -> list[st
     if holes.any():
         raise ValueError(
             f"{name} is missing at {_place(series, int(there[holes.argmax()]) + 1)}, one of "
-            f"{holes.sum()} missing values between its first and its last: fill them, or "
-            "cut the table to a stretch without them"
+            f"{holes.sum()} missing values between its first and its last: cut the "
+            "table to a stretch without gaps, or fill in the values"
         )
     notes, around = [], np.append(series.unit, -1)  # row -1 and row N belong to no unit
     first, last = there[np.append(True, new)], there[np.append(new, True)]
