@@ -61,3 +61,18 @@ def test_layer_table_is_the_committed_run():
     steps = {(case["E"], case["dtype"]): case["step"]["dense"]["ratio"] for case in report["model"]}
     assert f"{steps[8, 'float32']:.2f} of its tokens per second at E = 8 in float32" in text
     assert f"and {steps[8, 'bfloat16']:.2f} in bfloat16" in text
+
+
+def test_coverage_table_is_the_committed_run():
+    report = json.loads((ROOT / "benchmarks" / "results" / "lp_coverage.json").read_text())
+    assert f"\n{report['replications']} samples each" in README
+    for cell in report["cells"]:
+        label = f"| {cell['design'].replace(', H = 24', '')}, {cell['T']} |"
+        row = next(line for line in README.splitlines() if line.startswith(label))
+        for name in ("flat", "roughness", "roughness, calibrated", "flat, pointwise"):
+            found = cell["methods"].get(name)
+            if found is not None:
+                assert f"| {found['joint']['0.9']:.2f} ({found['rmse']:.2f}) " in row
+    every = [cell["methods"].get("flat, calibrated") for cell in report["cells"]]
+    worst = min(found["joint"]["0.9"] for found in every if found)
+    assert f"joint bands then come to {worst:.2f} or more" in README
