@@ -192,7 +192,9 @@ def study(
     roots = SeedSequence([SEED, T, *design.name.encode()]).spawn(replications)
     work = joblib.delayed(_one)
     found = joblib.Parallel(n_jobs=-1)(work(design, T, root, names) for root in roots)
-    return {name: _summary([one[name] for one in found], design.truth.ravel()) for name in names}
+    # by regime, a projection's responses to the shock in the state come first
+    truth = design.truth[::-1] if design.regime else design.truth[None]
+    return {name: _summary([one[name] for one in found], truth) for name in names}
 
 
 def _one(design: designs.Design, T: int, root: SeedSequence, names: list[str]) -> dict[str, Bands]:
@@ -203,7 +205,9 @@ def _one(design: designs.Design, T: int, root: SeedSequence, names: list[str]) -
     return {name: every[name](lp, seed) for name in names}
 
 
-def _summary(found: list[Bands], truth: ndarray) -> dict[str, Any]:
+def _summary(found: list[Bands], paths: ndarray) -> dict[str, Any]:
+    """Joint is of each of the paths (S, H + 1): a band is over the horizons of one."""
+    truth = paths.ravel()
     centre = np.stack([one.centre for one in found])
     out: dict[str, Any] = {
         "bias": float(np.abs((centre - truth).mean(axis=0)).mean()),
@@ -215,7 +219,7 @@ def _summary(found: list[Bands], truth: ndarray) -> dict[str, Any]:
     for level in LEVELS:
         lower, upper = (np.stack([one.ends[level][i] for one in found]) for i in (0, 1))
         inside = (lower <= truth + 1e-12) & (truth - 1e-12 <= upper)
-        out["joint"][f"{level:g}"] = float(inside.all(axis=1).mean())
+        out["joint"][f"{level:g}"] = float(inside.reshape(-1, paths.shape[1]).all(axis=1).mean())
         out["pointwise"][f"{level:g}"] = float(inside.mean())
         out["width"][f"{level:g}"] = float((upper - lower).mean())
     return out
