@@ -66,6 +66,8 @@ Route = Callable[[hi.ProjectionPosterior, int], Run]
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="H = 8, short; writes with --out only")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--one", action="store_true", help="responses of one variable only")
     parser.add_argument("--peers", choices=["installed", "none"], default="installed")
     parser.add_argument("--out", type=Path, help=f"default {RESULTS.name}/ beside the script")
     options = parser.parse_args()
@@ -76,7 +78,7 @@ def main() -> None:
             f"left out: {', '.join(missing)}; pip install -r benchmarks/requirements.txt"
         )
     with threadpool_limits(1):
-        report = measure(found, options.quick)
+        report = measure(found, options.quick, options.repeats, options.one)
     report["device"] = device(pinned)
     show(report)
     out = options.out or (None if options.quick else RESULTS)
@@ -98,15 +100,18 @@ def one_core() -> int | None:
     return core
 
 
-def measure(peers: list[str], quick: bool) -> Answer:
+def measure(peers: list[str], quick: bool, repeats: int, one: bool) -> Answer:
     """Every case in turn."""
-    repeats = 1 if quick else 3
+    repeats = 1 if quick else repeats
     data = simulate(T, SEED)
-    cases = [(8, 1), (8, 2)] if quick else CASES
+    cases = [(8, 1), (8, 2)] if quick else [case for case in CASES if case[1] == 1 or not one]
     found = [measure_case(data, H, J, peers, repeats, quick) for H, J in cases]
     return {
         "benchmark": f"seconds to a joint posterior with {TARGET} effective draws, one core",
-        "command": "python benchmarks/local_projections.py" + " --quick" * quick,
+        "command": "python benchmarks/local_projections.py"
+        + " --quick" * quick
+        + f" --repeats {repeats}" * (repeats != 3)
+        + " --one" * one,
         "repeats": repeats,
         "design": {
             "T": T, "variables": len(NAMES), "lags": LAGS, "largest_roots": ROOTS, "seed": SEED,
