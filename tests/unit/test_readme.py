@@ -76,3 +76,13 @@ def test_coverage_table_is_the_committed_run():
     every = [cell["methods"].get("flat, calibrated") for cell in report["cells"]]
     worst = min(found["joint"]["0.9"] for found in every if found)
     assert f"joint bands then come to {worst:.2f} or more" in README
+
+
+def test_speed_of_impulse_responses_is_the_committed_run():
+    report = json.loads((ROOT / "benchmarks" / "results" / "local_projections.json").read_text())
+    short, long = (case["routes"] for case in report["cases"][:2])
+    for name in ("concentrated", "gibbs", "mh"):
+        rates = (short[name]["ess_per_second"], long[name]["ess_per_second"])
+        assert f"| `{name}` | {rates[0]:,.0f} | {rates[1]:,.0f} |" in README
+    seconds = report["goals"]["seconds_from_table"]
+    assert f"{seconds['H24']:.3f} s at H = 24 and {seconds['H48']:.3f} s at H = 48" in README
