@@ -110,9 +110,9 @@ def stop_after_first_step(place: Path, process: subprocess.Popen, name: str, num
 def ended(place: Path, process: subprocess.Popen, name: str, run: str) -> Ended:
     status = process.wait(PATIENCE)
     out, err = ((place / f"{name}.{kind}").read_text() for kind in ("out", "err"))
-    found = checkpoint.whole(place / run)
+    found = checkpoint.steps(place / run / "checkpoints")
     assert found, err
-    last = checkpoint.progress(found[-1])["step"]
+    last = found[-1]
     return Ended(status, out, err, place / run, last, read(place / run))
 
 
@@ -417,7 +417,7 @@ def test_a_run_that_explodes_is_one_line_with_the_last_good_checkpoint(train):
     status, out, err = train(*changes)
     assert (status, out) == (2, "")
     assert re.search(r"hakari: step 2: .*not finite|hakari: step 2: loss", err)
-    assert "step-00000001 is whole: hakari train --resume answer" in err
+    assert "step 1 is saved: hakari train --resume answer" in err
     assert "Traceback" not in err
     assert [row["step"] for row in read(Path("answer"))] == [1]
 
@@ -427,10 +427,10 @@ def test_a_layer_that_collapses_is_named_and_its_run_can_go_on(train, type_in):
     status, _, err = train(*changes)
     assert status == 2
     assert re.search(r"hakari: step 2: layer 0 has collapsed: no token reached expert \d+", err)
-    assert "step-00000002 is whole" in err
+    assert "step 2 is saved" in err
     status, out, err = type_in("train", "--resume", "answer", "--set", "model.moe.dead_steps=0")
     assert (status, out) == (0, "answer\n"), err
-    assert checkpoint.progress(checkpoint.whole(Path("answer"))[-1])["step"] == 3
+    assert checkpoint.steps("answer/checkpoints")[-1] == 3
 
 
 # --- text and fields ------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def uninterrupted(run: Path, changes: dict[str, Any]) -> Any:
     trainer = trainer_of(changes)
     go(trainer, 0, SAVED)
     saved = {"samples": SAVED * 8}
-    checkpoint.save(run, SAVED, trainer.model, trainer.optimizer, saved)
+    checkpoint.save(run, trainer.model, trainer.optimizer, saved, step=SAVED)
     losses = go(trainer, SAVED, LAST)
     return losses, weights(trainer), moments(trainer)
 
@@ -73,9 +73,10 @@ def resumed(run: Path, changes: dict[str, Any]) -> Any:
     """The same last steps, by processes that know nothing of the first ones."""
     trainer = trainer_of(changes | {"seed": 9})  # other weights, other noise
     trainer = Trainer(**vars(trainer) | {"config": from_dict(table(**changes))})
-    progress = checkpoint.load(checkpoint.whole(run)[-1], trainer.model, trainer.optimizer)
-    assert progress == {"samples": SAVED * 8, "step": SAVED}
-    losses = go(trainer, progress["step"], LAST)
+    loaded = checkpoint.load(run, trainer.model, trainer.optimizer)
+    assert (loaded.step, loaded.extra_state) == (SAVED, {"samples": SAVED * 8})
+    assert loaded.verified == loaded.tensors > 0
+    losses = go(trainer, loaded.step, LAST)
     return losses, weights(trainer), moments(trainer)
 
 
@@ -161,9 +162,10 @@ def test_one_process_goes_on_with_the_same_bits(saved):
 
 def test_to_forget_the_optimizer_is_noticed(saved):
     run, (losses, _, _) = saved
+    load = checkpoint.load
 
     def weights_alone(folder, model, optimizer):
-        return checkpoint.load_model(folder, model)
+        return load(folder, model)
 
     with patch.object(checkpoint, "load", weights_alone):
         found, _, _ = resumed(run, {})
@@ -173,12 +175,15 @@ def test_to_forget_the_optimizer_is_noticed(saved):
 
 def test_to_forget_the_count_of_steps_is_noticed(saved):
     run, (losses, _, _) = saved
-    read = checkpoint._read
+    load = checkpoint.load
 
-    def all_but_steps(folder, tensors):
-        read(folder, {name: t for name, t in tensors.items() if not name.endswith(".step")})
+    def all_but_steps(folder, model, optimizer):
+        loaded = load(folder, model, optimizer)
+        for state in optimizer.state.values():
+            state["step"].zero_()
+        return loaded
 
-    with patch.object(checkpoint, "_read", all_but_steps):
+    with patch.object(checkpoint, "load", all_but_steps):
         found, _, _ = resumed(run, {})
     assert found[1] != pytest.approx(losses[1], rel=1e-6)
 
@@ -186,84 +191,62 @@ def test_to_forget_the_count_of_steps_is_noticed(saved):
 def test_weights_alone_are_read_for_generation(saved):
     run, _ = saved
     other = trainer_of({"seed": 9})
-    (folder,) = checkpoint.whole(run)
-    assert checkpoint.load_model(folder, other.model)["step"] == SAVED
+    assert checkpoint.load(run, other.model).step == SAVED
     again = trainer_of({})
     go(again, 0, SAVED)
     assert all(torch.equal(value, weights(other)[name]) for name, value in weights(again).items())
     assert not other.optimizer.state
 
 
-def test_the_folder_holds_safetensors_and_readable_progress(saved):
+def test_the_folder_holds_safetensors_and_a_readable_manifest(saved):
     from safetensors import safe_open
 
-    (folder,) = checkpoint.whole(saved[0])
-    assert folder == saved[0] / "checkpoints" / "step-00000002"
-    assert json.loads((folder / "progress.json").read_text()) == {"samples": 16, "step": 2}
+    folder = saved[0] / "step-00000002"
+    table = json.loads((folder / "manifest.json").read_text())
+    assert (table["extra"], table["step"]) == ({"samples": 16}, 2)
     names: set[str] = set()
-    for path in folder.glob("*.safetensors"):
+    for path in folder.glob("data/*.safetensors"):
         with safe_open(path, "pt") as file:
             names |= set(file.keys())
-    assert {"model.embed.weight", "optimizer.state.layers.0.mlp.gate.exp_avg"} <= names
-    assert not list(folder.glob("*.pt"))
-
-
-def save(run: Path, step: int, trainer: Trainer, keep: int = 0) -> None:
-    checkpoint.save(run, step, trainer.model, trainer.optimizer, {}, keep)
-
-
-def steps_of(run: Path) -> list[int]:
-    return [checkpoint.progress(folder)["step"] for folder in checkpoint.whole(run)]
+    assert {"weight/embed.weight", "exp_avg/layers.0.mlp.gate"} <= names
+    assert {path.suffix for path in folder.rglob("*.*")} == {".json", ".safetensors"}
 
 
 @pytest.mark.parametrize("keep", [0, 1, 2])
 def test_keep_removes_the_oldest_only(group, tmp_path, keep):
     trainer = trainer_of({})
     for step in (1, 5, 9, 10):
-        save(tmp_path, step, trainer, keep)
-    assert steps_of(tmp_path) == [1, 5, 9, 10][-keep:]
-
-
-def test_an_incomplete_checkpoint_is_ignored_and_replaced(group, tmp_path):
-    trainer = trainer_of({})
-    save(tmp_path, 1, trainer)
-    save(tmp_path, 2, trainer)
-    (tmp_path / "checkpoints" / "step-00000002" / "COMMIT").unlink()
-    assert steps_of(tmp_path) == [1]
-    assert checkpoint.whole(tmp_path / "elsewhere") == []
-    stale = tmp_path / "checkpoints" / "step-00000002" / "stale.safetensors"
-    stale.write_bytes(b"half a file")
-    save(tmp_path, 2, trainer, keep=1)
-    assert steps_of(tmp_path) == [2]
-    assert not stale.exists()
-    checkpoint.load(checkpoint.whole(tmp_path)[0], trainer.model, trainer.optimizer)
+        checkpoint.save(tmp_path, trainer.model, step=step, keep=keep)
+    assert checkpoint.steps(tmp_path) == [1, 5, 9, 10][-keep:]
 
 
 def test_older_ones_stay_until_the_new_one_is_whole(group, tmp_path):
     trainer = trainer_of({})
-    save(tmp_path, 1, trainer, keep=1)
+    checkpoint.save(tmp_path, trainer.model, step=1, keep=1)
 
     def fail(*arguments, **named):
         raise OSError("No space left on device")
 
-    with patch.object(checkpoint.dcp, "save", fail), pytest.raises(OSError, match="No space"):
-        save(tmp_path, 2, trainer, keep=1)
-    assert steps_of(tmp_path) == [1]
+    with patch("os.write", fail), pytest.raises(OSError, match="No space"):
+        checkpoint.save(tmp_path, trainer.model, step=2, keep=1)
+    assert checkpoint.steps(tmp_path) == [1]
 
 
 WRONG = {
-    "more layers": ({"model__layers": 6}, r"lacks \d+ tensors, such as model\.layers\.4\."),
+    "more layers": ({"model__layers": 6}, r"only here \(\d+\): layers\.4\."),
     "another kind of layer": (
         {"model__moe__layers": [0, 1, 2]},
-        r"such as model\.layers\.3\.mlp\.down\.weight: it belongs to another model or optimizer",
+        r"layers\.3\.mlp\.down\.weight \(weight\), like layers\.3.*"
+        r"only in the checkpoint \(\d+\): layers\.3\.mlp\.down \(exp_avg\)",
     ),
     "a selection bias": (
         {"model__moe__router": "aux_free"},
-        r"such as model\.layers\.0\.mlp\.selection_bias",
+        r"only here \(4\): layers\.0\.mlp\.selection_bias \(weight\)",
     ),
     "other widths": (
         {"model__hidden": 48, "model__moe__hidden": 24},
-        r"model\.layers\.0\.mlp\.down is \[4, 32, 16\], here \[4, 32, 24\]",
+        r"layers\.0\.mlp\.gate \(weight\) is \[4, 16, 32\] in the checkpoint and "
+        r"\[4, 24, 32\] here",
     ),
 }
 
@@ -274,18 +257,19 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(saved, case):
     trainer = trainer_of(changes)
     before = weights(trainer)
     with pytest.raises(ValueError, match=message):
-        checkpoint.load(checkpoint.whole(saved[0])[0], trainer.model, trainer.optimizer)
+        checkpoint.load(saved[0], trainer.model, trainer.optimizer)
     assert all(torch.equal(value, before[name]) for name, value in weights(trainer).items())
-    with pytest.raises(ValueError, match="step-00000002"):
-        checkpoint.load_model(checkpoint.whole(saved[0])[0], trainer.model)
+    assert not trainer.optimizer.state
+    with pytest.raises(ValueError, match="checkpoint"):
+        checkpoint.load(saved[0], trainer.model)
 
 
 def test_a_model_without_optimizer_can_be_read_into_a_plain_one(saved):
     config = from_dict(table())
     plain = Transformer(config.model).double()
-    checkpoint.load_model(checkpoint.whole(saved[0])[0], plain)
+    checkpoint.load(saved[0], plain)
     other = trainer_of({"seed": 9})
-    checkpoint.load_model(checkpoint.whole(saved[0])[0], other.model)
+    checkpoint.load(saved[0], other.model)
     assert all(
         torch.equal(value, plain.get_parameter(name)) for name, value in weights(other).items()
     )

@@ -13,8 +13,8 @@ from hakari.training import checkpoint, config, tokenizer
 from hakari.training.generation import generate
 from hakari.training.hardware import pick_device
 from hakari.training.model import Transformer, initialise, tie
-from hakari.training.parallel import alone
 from hakari.training.tokenizer import Tokenizer
+from hakari.training.trainer import CHECKPOINTS
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def open_run(folder: Path) -> Writer:
     Raises FileNotFoundError or ValueError if the folder is not of a run, or has no checkpoint.
     """
     stored = config.from_dict(run.read_config(folder))
-    found = checkpoint.whole(folder)
+    found = checkpoint.latest(folder / CHECKPOINTS)
     if not found:
         raise ValueError(f"{folder} has no complete checkpoint: train it for some steps first")
     with torch.device("meta"):
@@ -59,8 +59,7 @@ def open_run(folder: Path) -> Writer:
     model.to_empty(device=pick_device())
     tie(model)
     initialise(model, 0)
-    with alone():
-        checkpoint.load_model(found[-1], model)
+    checkpoint.load(found, model)
     return Writer(model.eval(), tokenizer.load(folder), stored.length)
 
 

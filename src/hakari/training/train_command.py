@@ -30,7 +30,7 @@ from hakari.training.parallel import check, make_mesh, start_processes
 from hakari.training.shards import Tokens
 from hakari.training.sizing import GIB, Size, first_line, free_bytes, size
 from hakari.training.text import STDLIB
-from hakari.training.trainer import train
+from hakari.training.trainer import CHECKPOINTS, train
 
 # what a resumed run may change: how the work is done, not what was learnt or is read
 FREE: tuple[str, ...] = (
@@ -69,7 +69,7 @@ def answer(file: Path | None, changes: Sequence[str], out: Path | None, resume: 
         try:
             finished = run_training(wanted, folder, device)
         except (FloatingPointError, CollapseError) as error:
-            again = " (unchanged settings would repeat it)" if checkpoint.whole(folder) else ""
+            again = " (unchanged settings would repeat it)" if _way_on(folder) else ""
             raise ValueError(f"{error}{_way_on(folder)}{again}") from error
         except KeyboardInterrupt:
             said = _way_on(folder) or "; nothing was saved"
@@ -93,7 +93,7 @@ def run_training(wanted: Config, folder: Path, device: torch.device, watch: bool
     _deterministic(wanted)
     mesh = make_mesh(wanted.parallel, device.type)
     check(wanted, mesh["data"].size())
-    resumed = bool(checkpoint.whole(folder))
+    resumed = bool(checkpoint.steps(folder / CHECKPOINTS))
     store = _same_shards(wanted, folder) if resumed else _shards(wanted)
     verify = int(os.environ.get("LOCAL_RANK", 0)) == 0
     text, held_out = (shards.open_shards(store, name, verify) for name in SPLITS)
@@ -176,7 +176,7 @@ def store_of(folder: Path) -> Path:
 def _resumed(folder: Path, changes: Sequence[str]) -> Config:
     """A run's configuration with changes that leave what it has learnt, and reads, the same."""
     stored = config.to_dict(config.from_dict(run.read_config(folder)))
-    if not checkpoint.whole(folder):
+    if not checkpoint.latest(folder / CHECKPOINTS):
         raise ValueError(f"{folder} has no complete checkpoint to resume from")
     wanted = config.load(folder / run.CONFIG, changes)
     for name, *_ in config.explain():
@@ -229,7 +229,7 @@ def _digest(store: Path) -> str:
 
 def _forget(folder: Path) -> None:
     """Take away a new run's folder in which no step was made."""
-    if not checkpoint.whole(folder) and not read(folder):
+    if not checkpoint.steps(folder / CHECKPOINTS) and not read(folder):
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -245,8 +245,8 @@ def _fits(found: Size, resolved: Config, device: torch.device) -> None:
 
 
 def _way_on(folder: Path) -> str:
-    saved = checkpoint.whole(folder)
-    return f"; {saved[-1]} is whole: hakari train --resume {folder}" if saved else ""
+    saved = checkpoint.steps(folder / CHECKPOINTS)
+    return f"; step {saved[-1]} is saved: hakari train --resume {folder}" if saved else ""
 
 
 def _close(folder: Path, finished: bool) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -31,6 +32,8 @@ from hakari.training.sizing import size
 from hakari.training.step import Outcome, Trainer, make_work, prepare, train_step, validate
 
 GIB = 2**30
+CHECKPOINTS = "checkpoints"
+"""Folder of a run in which its checkpoints lie."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,12 @@ def train(
     Raises FloatingPointError if a value is not finite, CollapseError if an expert is lost, with a
     checkpoint of the last good state.
     """
-    found = checkpoint.whole(run)
+    if dist.get_rank() == 0:
+        checkpoint.clear_leftovers(run / CHECKPOINTS)
+    dist.barrier()
+    found = checkpoint.latest(run / CHECKPOINTS)
     trainer = prepare(replace(config, start="") if found else config, mesh)
-    cursor = Cursor()
-    if found:
-        cursor = Cursor(**checkpoint.load(found[-1], trainer.model, trainer.optimizer))
+    cursor = _resume(trainer, found) if found else Cursor()
     with ExitStack() as stack:
         stack.enter_context(_collecting_between_steps())
         asked = stack.enter_context(graceful_stop())
@@ -92,7 +96,7 @@ def _loop(
         Windows(tokens, config.length, config.seed, config.data.packing) for tokens in texts
     )
     measure = _meter(trainer)
-    saved = cursor.step
+    saved, saving = cursor.step, None
     while cursor.step < config.steps:
         begun = time.perf_counter()
         try:
@@ -109,9 +113,12 @@ def _loop(
             row["validation_loss"] = validate(trainer, _held_out(trainer, held_out))
         if metrics:
             metrics.add(row, outcome.health, said)
-        stop = _any(asked.is_set(), trainer.mesh)
+        stop, failed = _any([asked.is_set(), bool(saving and saving.failure())], trainer.mesh)
+        if failed:
+            checkpoint.wait()  # raises, on every process
         if stop or _due(config.checkpoint_every, cursor.step, config.steps):
-            _save(trainer, run, cursor, metrics)
+            more = not stop and cursor.step < config.steps
+            saving = _save(trainer, run, cursor, metrics, more)
             saved = cursor.step
         if stop:
             break
@@ -136,11 +143,30 @@ def _held_out(trainer: Trainer, windows: Windows) -> Iterator[Batch]:
     return itertools.islice(batches, config.validate_batches or None)
 
 
-def _save(trainer: Trainer, run: Path, cursor: Cursor, metrics: Metrics | None) -> None:
-    keep = trainer.config.keep
-    checkpoint.save(run, cursor.step, trainer.model, trainer.optimizer, asdict(cursor), keep)
+def _resume(trainer: Trainer, found: str) -> Cursor:
+    """Load a checkpoint; the learning rate and the like are what the configuration says now."""
+    loaded = checkpoint.load(found, trainer.model, trainer.optimizer, options=False)
+    if dist.get_rank() == 0:
+        print(f"hakari: {loaded}", file=sys.stderr, flush=True)
+    return Cursor(**loaded.extra_state)
+
+
+def _save(
+    trainer: Trainer, run: Path, cursor: Cursor, metrics: Metrics | None, more: bool = False
+) -> checkpoint.Save | None:
+    """Save the state; in the background if there is more to do."""
+    saving = checkpoint.save(
+        run / CHECKPOINTS,
+        trainer.model,
+        trainer.optimizer,
+        asdict(cursor),
+        step=cursor.step,
+        asynchronous=more,
+        keep=trainer.config.keep,
+    )
     if metrics:
         metrics.save()
+    return saving
 
 
 def _meter(trainer: Trainer) -> Callable[[Outcome, Cursor, float], dict[str, Any]]:
@@ -172,11 +198,11 @@ def _due(every: int, step: int, steps: int) -> bool:
     return step == steps or bool(every and step % every == 0)
 
 
-def _any(flag: bool, mesh: DeviceMesh) -> bool:
-    """Whether any process was asked to stop, so that all stop after the same step."""
-    asked = torch.tensor(float(flag), device=mesh.device_type)
-    dist.all_reduce(asked, dist.ReduceOp.MAX)
-    return bool(asked)
+def _any(flags: list[bool], mesh: DeviceMesh) -> list[bool]:
+    """Which flags are set on any process, so that all do the same after the same step."""
+    told = torch.tensor(flags, dtype=torch.float32, device=mesh.device_type)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in told.tolist()]
 
 
 def _collecting_between_steps() -> ExitStack:

@@ -1,0 +1,300 @@
+"""How a save becomes a checkpoint: all of it or nothing, whoever dies when.
+
+1. Each process writes its data into `.tmp-step-N-ID`, has it on disk, then writes `ready-RANK`.
+2. The coordinator, the process with rank 0, waits for all of them, checks that they tile every
+   tensor and that copies agree, writes the manifest, then COMMIT.
+3. It renames the folder to `step-N` and has that on disk: from here on the save counts.
+4. It moves LATEST, then removes old checkpoints.
+
+Processes meet through files alone, so no collective runs outside the training thread. An object
+store has no rename: there the data lie in `step-N` from the start and COMMIT alone decides.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hakari.training.checkpoint import manifest as manifests
+from hakari.training.checkpoint.boxes import Box, show, within
+from hakari.training.checkpoint.content import content, hexadecimal
+from hakari.training.checkpoint.fragments import Fragment
+from hakari.training.checkpoint.latest import advance, named, prune
+from hakari.training.checkpoint.manifest import COMMIT, Manifest, Stored
+from hakari.training.checkpoint.shard_file import Part, write_parts
+from hakari.training.checkpoint.source import Group, Info, Key
+from hakari.training.checkpoint.storage import Folder, open_folder, small
+
+RECORD = 2**31
+"""Bytes of a rank's record that are read at most."""
+
+
+class SaveError(OSError):
+    """A save did not become a checkpoint; what was there before is untouched."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one process does in a save. Plain values: it can be handed to a writer process.
+
+    pieces: all that the process holds, without values. mine: what of it is written here: (index
+    of the piece, box). record: what is not a tensor: scalars, groups, ties, extra state.
+    copies: 'equal' if those of several ranks must be, 'first' to take the first rank's.
+    keep: newest checkpoints that are left, 0 for all. timeout: seconds to wait for others.
+    """
+
+    root: str
+    step: int
+    save_id: str
+    rank: int
+    world: int
+    pieces: tuple[tuple[Key, Info, Box], ...]
+    mine: tuple[tuple[int, Box], ...]
+    record: Mapping[str, Any]
+    copies: str = "equal"
+    keep: int = 0
+    timeout: float = 1800.0
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder that is written to before it counts."""
+        return f".tmp-{named(self.step)}-{self.save_id[:8]}"
+
+
+def carry_out(
+    request: Request, values: Sequence[np.ndarray], gone: Callable[[], bool] = lambda: False
+) -> str:
+    """Write this process's share and see the save through; returns where the checkpoint is.
+
+    values: the bits of each piece. gone: whether the training process has died, which ends it.
+    Raises OSError if the disk fails, SaveError if another process failed, TimeoutError if one
+    does not answer, ValueError if the processes' states do not fit together.
+    """
+    root = open_folder(request.root)
+    target = named(request.step)
+    folder = root.child(request.folder if root.renames else target)
+    try:
+        _write_share(folder, request, values)
+        if request.rank == 0:
+            _conclude(root, folder, request, gone)
+    except BaseException as error:
+        _fail(folder, request, error)
+        raise
+    if request.rank:
+        _await(root, folder, request, gone)
+    return f"{request.root.rstrip('/')}/{target}"
+
+
+# --- each process -------------------------------------------------------------------------
+
+
+def _write_share(folder: Folder, request: Request, values: Sequence[np.ndarray]) -> None:
+    parts = [
+        Part(key, info, box, values[index][within(box, held)] if box else values[index])
+        for index, box in request.mine
+        for key, info, held in [request.pieces[index]]
+    ]
+    with ThreadPoolExecutor(1) as pool:  # hashing beside writing
+        sums = pool.submit(
+            lambda: [content(v, piece[2]) for v, piece in zip(values, request.pieces, strict=True)]
+        )
+        prefix = f"data/{request.save_id[:8]}-r{request.rank:05d}"
+        written = write_parts(folder, prefix, parts, request.save_id)
+        record = {
+            "save_id": request.save_id,
+            "files": {name: [s.bytes, s.header, s.crc] for name, s in written.files.items()},
+            "fragments": [
+                [*key, part.file, part.offset, part.box, part.crcs]
+                for key, part in written.fragments
+            ],
+            "held": [
+                [*key, info.dtype, info.shape, box, total]
+                for (key, info, box), total in zip(request.pieces, sums.result(), strict=True)
+            ],
+            **request.record,
+        }
+    folder.sync()
+    folder.write(_ready(request.rank), json.dumps(record).encode())
+
+
+def _ready(rank: int) -> str:
+    return f"ready-{rank:05d}.json"
+
+
+def _failed(rank: int) -> str:
+    return f"failed-{rank:05d}.txt"
+
+
+def _fail(folder: Folder, request: Request, error: BaseException) -> None:
+    """Make room, and tell the others; nothing more can be done if that fails too."""
+    mine = f"data/{request.save_id[:8]}-r{request.rank:05d}"
+    try:
+        for name in folder.names():
+            if name.startswith(mine):
+                folder.remove(name)
+        if folder.entries():
+            folder.write(_failed(request.rank), f"{type(error).__name__}: {error}".encode())
+    except OSError:
+        pass
+
+
+def _await(root: Folder, folder: Folder, request: Request, gone: Callable[[], bool]) -> None:
+    """Wait until the coordinator has committed."""
+
+    def committed() -> bool:
+        try:
+            commit = json.loads(small(root.child(named(request.step)), COMMIT, 2**16))
+        except (OSError, ValueError):
+            return False
+        return bool(commit.get("save_id") == request.save_id)
+
+    waiting = "rank 0, the coordinator, did not commit"
+    _until(committed, folder, request, gone, lambda: waiting)
+
+
+def _until(
+    done: Callable[[], bool],
+    folder: Folder,
+    request: Request,
+    gone: Callable[[], bool],
+    missing: Callable[[], str],
+) -> None:
+    begun, pause = time.monotonic(), 0.001
+    while not done():
+        failures = [name for name in folder.entries() if name.startswith("failed-")]
+        if failures and not done():
+            said = small(folder, failures[0], 2**20).decode(errors="replace")
+            rank = int(failures[0].removeprefix("failed-").removesuffix(".txt"))
+            raise SaveError(f"the save of step {request.step} failed on rank {rank}: {said}")
+        if gone():
+            raise SaveError(f"the save of step {request.step} was given up: training has ended")
+        if time.monotonic() - begun > request.timeout:
+            raise TimeoutError(
+                f"the save of step {request.step} was given up after {request.timeout:g} s: "
+                f"{missing()}"
+            )
+        time.sleep(pause)
+        pause = min(2 * pause, 0.1)
+
+
+# --- the coordinator ----------------------------------------------------------------------
+
+
+def _conclude(root: Folder, folder: Folder, request: Request, gone: Callable[[], bool]) -> None:
+    wanted = [_ready(rank) for rank in range(request.world)]
+
+    def missing() -> list[int]:
+        there = set(folder.entries())
+        return [rank for rank, name in enumerate(wanted) if name not in there]
+
+    _until(lambda: not missing(), folder, request, gone, lambda: f"ranks {missing()} wrote nothing")
+    records = [json.loads(small(folder, name, RECORD)) for name in wanted]
+    manifests.write(folder, merge(request, records))
+    for name in wanted:
+        folder.remove(name)
+    target = named(request.step)
+    if root.renames:
+        if target in root.entries():
+            raise FileExistsError(f"{request.root}/{target} exists: another save made it meanwhile")
+        folder.sync()
+        root.rename(request.folder, target)
+    advance(root, target)
+    prune(root, request.keep)
+
+
+def merge(request: Request, records: Sequence[Mapping[str, Any]]) -> Manifest:
+    """The manifest of what all processes wrote.
+
+    Raises ValueError if copies differ, with tensor and ranks, or if anything does not fit.
+    """
+    first = records[0]
+    _same_save(request, records)
+    infos, contents = _contents(records, request.copies)
+    fragments: dict[Key, list[Fragment]] = {key: [] for key in infos}
+    files: dict[str, Stored] = {}
+    for record in records:
+        files |= {name: Stored(*row) for name, row in record["files"].items()}
+        for name, state, file, offset, box, crcs in record["fragments"]:
+            part = Fragment(_box(box), file, offset, tuple(crcs))
+            fragments[name, state].append(part)
+    found = Manifest(
+        request.save_id,
+        request.step,
+        files,
+        infos,
+        {key: tuple(sorted(parts, key=lambda p: p.box)) for key, parts in fragments.items()},
+        contents,
+        _scalars(records),
+        _merged_groups(records),
+        "+".join(sorted({r["optimizer"] for r in records if r["optimizer"]})),
+        tuple(sorted({tuple(names) for record in records for names in record["tied"]})),
+        first["extra"],
+        tuple(record["own"] for record in records),
+        {**first["origin"], "processes": request.world},
+    )
+    return manifests.from_json(
+        json.loads(json.dumps(manifests.to_json(found))), f"step {request.step}"
+    )
+
+
+def _same_save(request: Request, records: Sequence[Mapping[str, Any]]) -> None:
+    for rank, record in enumerate(records):
+        if record["save_id"] != request.save_id:
+            raise ValueError(f"rank {rank} wrote for another save ({record['save_id']})")
+        if record["extra"] != records[0]["extra"]:
+            raise ValueError(
+                f"extra_state differs between ranks 0 and {rank}: pass what differs as rank_state"
+            )
+
+
+def _contents(
+    records: Sequence[Mapping[str, Any]], copies: str
+) -> tuple[dict[Key, Info], dict[Key, str]]:
+    """What each tensor is and holds; boxes that several ranks hold must be equal."""
+    infos: dict[Key, Info] = {}
+    sums: dict[Key, dict[Box, tuple[int, int]]] = {}
+    for rank, record in enumerate(records):
+        for name, state, dtype, shape, box, total in record["held"]:
+            key = (name, state)
+            infos.setdefault(key, Info(tuple(shape), dtype))
+            known, holder = sums.setdefault(key, {}).setdefault(_box(box), (total, rank))
+            if known != total and copies == "equal":
+                raise ValueError(
+                    f"ranks {holder} and {rank} hold different values of {name} ({state}) "
+                    f"{show(_box(box))}, which should be copies: nothing was saved; "
+                    "copies='first' would take the first rank's"
+                )
+    return infos, {
+        key: hexadecimal(sum(total for total, _ in boxes.values())) for key, boxes in sums.items()
+    }
+
+
+def _scalars(records: Sequence[Mapping[str, Any]]) -> dict[Key, Any]:
+    found: dict[Key, tuple[Any, int]] = {}
+    for rank, record in enumerate(records):
+        for name, state, value in record["scalars"]:
+            known, holder = found.setdefault((name, state), (value, rank))
+            if known != value:
+                raise ValueError(
+                    f"{name} ({state}) is {known!r} on rank {holder} and {value!r} on rank {rank}"
+                )
+    return {key: value for key, (value, _) in found.items()}
+
+
+def _merged_groups(records: Sequence[Mapping[str, Any]]) -> tuple[Group, ...]:
+    """Groups of all ranks; those with equal options are one."""
+    members: dict[str, dict[str, None]] = {}
+    for record in records:
+        for options, names in record["groups"]:
+            members.setdefault(json.dumps(options, sort_keys=True), {}).update(dict.fromkeys(names))
+    return tuple(Group(json.loads(options), tuple(names)) for options, names in members.items())
+
+
+def _box(box: Any) -> Box:
+    return tuple((start, stop) for start, stop in box)

@@ -1,0 +1,362 @@
+"""Load a checkpoint into whatever model, split and number of processes there are now."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from hakari.training.checkpoint import exchange
+from hakari.training.checkpoint.boxes import Box, flaw, show, whole
+from hakari.training.checkpoint.content import content, hexadecimal
+from hakari.training.checkpoint.dtypes import as_bits, as_tensor, bits
+from hakari.training.checkpoint.fragments import DamageError
+from hakari.training.checkpoint.manifest import Manifest
+from hakari.training.checkpoint.pieces import Models, Optimizers, Piece, holdings
+from hakari.training.checkpoint.source import WEIGHT, Info, Key
+from hakari.training.checkpoint.states import made_states, restore_options
+from hakari.training.checkpoint.storage import Location
+from hakari.training.checkpoint.stored import EXTRA, Stored, extras, open_stored, read_all
+
+AT_ONCE = 2**29
+"""Bytes that are read before they go on to another device, or to another type: 512 MiB."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was loaded.
+
+    extra_state: as saved. rank_states: that of each process that saved; one of them is this
+    process's own only if their number is the same. missing, unused: tensors that only this
+    program has, or only the checkpoint, where strict=False let them pass. zeroed: damaged states
+    that were set to zero. verified: tensors whose content, after loading, is proven to be what
+    was saved; tensors: how many there are.
+    """
+
+    path: str
+    step: int
+    extra_state: Any
+    rank_states: tuple[Any, ...]
+    missing: tuple[Key, ...]
+    unused: tuple[Key, ...]
+    zeroed: tuple[Key, ...]
+    tensors: int
+    verified: int
+    bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        proven = (
+            "loaded state verified"
+            if self.verified == self.tensors
+            else (f"{self.verified} of {self.tensors} tensors verified")
+        )
+        return (
+            f"{self.path}: step {self.step}, {self.tensors} tensors, {self.bytes / 1e6:,.1f} MB in "
+            f"{self.seconds:.2f} s, {proven}"
+        )
+
+
+def load(
+    path: Location,
+    model: Models | None,
+    optimizer: Optimizers | None = None,
+    *,
+    strict: bool = True,
+    options: bool = True,
+    cast: bool = False,
+    zero_damaged: Collection[str] = (),
+    pieces: Iterable[Piece] = (),
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Loaded:
+    """Fill a model and its optimizer from a checkpoint; every rank calls it.
+
+    path: a checkpoint, or a folder of them: then its newest. model, optimizer, pieces: as in
+    `save`, on any mesh and any number of processes; an optimizer that has made no step gets the
+    states that were saved. Without an optimizer only weights are loaded.
+
+    strict: raise if either side has a tensor that the other lacks. options: also restore what the
+    optimizer's groups say (learning rate, weight decay, ...), by parameter. cast: convert weights
+    and states to the types they have here, instead of refusing. zero_damaged: states, such as
+    'exp_avg', that may start from zero where the file is damaged. workers: reading threads.
+
+    Every tile's checksum is verified, then, over all ranks, the content of every loaded tensor.
+    Raises FileNotFoundError without a complete checkpoint, DamageError with the tensor that is
+    damaged, ValueError for what does not fit; the model is then not to be used, as part of it may
+    be loaded.
+    """
+    begun = time.perf_counter()
+    stored = _open(path)
+    parts = () if model is None else model
+    threads = workers or min(4, os.cpu_count() or 1)
+    states = {WEIGHT} if optimizer is None and not pieces else None
+    with _made_on_all(stored, parts, optimizer):
+        targets = _found_on_all(stored, parts, optimizer, pieces, cast)
+        missing, unused = _compare(stored, targets, states, strict)
+        present = [target for target in targets if target.saved is not None]
+        zeroed = _fill(stored, present, zero_damaged, threads, progress)
+        verified, tensors = _verify(stored, present, zeroed)
+        if optimizer is not None and options:
+            restore_options(stored.manifest, parts, optimizer)
+    extra, ranks = extras(stored)
+    return Loaded(
+        stored.folder.where,
+        stored.manifest.step,
+        extra,
+        ranks,
+        missing,
+        unused,
+        zeroed,
+        tensors,
+        verified,
+        sum(target.piece.tensor.nbytes for target in present),
+        time.perf_counter() - begun,
+    )
+
+
+@dataclass(frozen=True)
+class Target:
+    """A piece to fill, and the tensor in the checkpoint that it is filled from, if there is one."""
+
+    piece: Piece
+    saved: Key | None
+    info: Info | None
+
+
+def _open(path: Location) -> Stored:
+    """The same checkpoint on every rank: the one that rank 0 finds."""
+    error, where = None, ""
+    if exchange.rank() == 0:
+        try:
+            where = open_stored(path).folder.where
+        except (OSError, ValueError) as failure:
+            error = failure
+    exchange.raise_together(error)
+    return open_stored(exchange.from_first(where))
+
+
+@contextmanager
+def _made_on_all(stored: Stored, model: Models, optimizer: Optimizers | None) -> Iterator[None]:
+    """`made_states`, where an error of one rank is an error of all."""
+    with ExitStack() as stack:
+        error = None
+        try:
+            stack.enter_context(made_states(stored.manifest, model, optimizer))
+        except ValueError as failure:
+            error = failure
+        exchange.raise_together(error)
+        yield
+
+
+def _found_on_all(
+    stored: Stored,
+    model: Models,
+    optimizer: Optimizers | None,
+    pieces: Iterable[Piece],
+    cast: bool,
+) -> list[Target]:
+    error, targets = None, []
+    try:
+        held = holdings(model, optimizer, pieces)
+        targets = _targets(stored.manifest, held.pieces, cast)
+    except (ValueError, TypeError) as failure:
+        error = failure
+    exchange.raise_together(error)
+    return targets
+
+
+# --- what goes where ----------------------------------------------------------------------
+
+
+def _targets(found: Manifest, pieces: Sequence[Piece], cast: bool) -> list[Target]:
+    alias = {name: names for names in found.tied for name in names}
+    targets = []
+    for piece in pieces:
+        key = _saved_as(found, piece.key, alias)
+        info = found.infos[key] if key else None
+        if key and info:
+            _fits(piece, key, info, cast)
+        targets.append(Target(piece, key, info))
+    return targets
+
+
+def _saved_as(found: Manifest, key: Key, alias: Mapping[str, tuple[str, ...]]) -> Key | None:
+    """The tensor a key was saved as: tied ones were saved under one of their names."""
+    for name in (key[0], *alias.get(key[0], ())):
+        if (name, key[1]) in found.infos:
+            return name, key[1]
+    return None
+
+
+def _fits(piece: Piece, key: Key, info: Info, cast: bool) -> None:
+    name = f"{key[0]} ({key[1]})"
+    if info.shape != piece.shape:
+        raise ValueError(f"{name} is {[*info.shape]} in the checkpoint and {[*piece.shape]} here")
+    if info.dtype != piece.info.dtype and not cast:
+        raise ValueError(
+            f"{name} is {info.dtype} in the checkpoint and {piece.info.dtype} here: make it the "
+            "same, or pass cast=True to convert"
+        )
+
+
+def _compare(
+    stored: Stored, targets: Sequence[Target], states: Collection[str] | None, strict: bool
+) -> tuple[tuple[Key, ...], tuple[Key, ...]]:
+    """Tensors that only this program has, and that only the checkpoint has, over all ranks."""
+    told = exchange.gather(
+        (
+            {target.piece.key for target in targets if target.saved is None},
+            {target.saved for target in targets if target.saved is not None},
+        )
+    )
+    missing = sorted(set().union(*(keys for keys, _ in told)))
+    used: set[Key] = set().union(*(keys for _, keys in told))
+    unused = sorted(
+        key
+        for key in stored.manifest.infos
+        if key not in used and key[1] != EXTRA and (states is None or key[1] in states)
+    )
+    unused = _without_equal_copies(stored, targets, unused)
+    if strict and (missing or unused):
+        raise ValueError(_difference(stored, missing, unused))
+    return tuple(missing), tuple(unused)
+
+
+def _without_equal_copies(
+    stored: Stored, targets: Sequence[Target], unused: Sequence[Key]
+) -> list[Key]:
+    """Tensors that are tied here, and were saved apart but equal, are not missed."""
+    saved = stored.manifest.contents
+    known = {(key[1], saved[key]) for key in (t.saved for t in targets) if key}
+    return [key for key in unused if (key[1], saved[key]) not in known or key[1] != WEIGHT]
+
+
+def _difference(stored: Stored, missing: Sequence[Key], unused: Sequence[Key]) -> str:
+    """Both lists, with the nearest name on the other side where there is one."""
+    lines = [f"{stored.folder.where} does not fit this program"]
+    for said, keys, others in (
+        ("only here", missing, unused),
+        ("only in the checkpoint", unused, missing),
+    ):
+        if keys:
+            shown = []
+            for name, state in keys[:8]:
+                near = difflib.get_close_matches(name, [o[0] for o in others if o[1] == state], 1)
+                shown.append(f"{name} ({state})" + (f", like {near[0]}" if near else ""))
+            more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+            lines.append(f"{said} ({len(keys)}): {'; '.join(shown)}{more}")
+    return ". ".join(lines) + ". Pass strict=False to load what both have"
+
+
+# --- filling ------------------------------------------------------------------------------
+
+
+def _fill(
+    stored: Stored,
+    targets: Sequence[Target],
+    may_zero: Collection[str],
+    workers: int,
+    progress: Callable[[int], None] | None,
+) -> tuple[Key, ...]:
+    """Read all; returns what was zeroed, on any rank, since its files are damaged."""
+    damaged: dict[Key, str] = {}
+    error: Exception | None = None
+    left = list(targets)
+    while left:
+        try:
+            _read(stored, left, workers, progress)
+            break
+        except DamageError as failure:
+            if failure.key[1] not in may_zero:
+                error = failure
+                break
+            damaged[failure.key] = str(failure)
+            left = [target for target in left if target.saved != failure.key]
+        except (OSError, ValueError, RuntimeError) as failure:
+            error = failure
+            break
+    exchange.raise_together(error)
+    zeroed: set[Key] = set().union(*(exchange.gather(set(damaged))))
+    for target in targets:
+        if target.saved in zeroed:
+            target.piece.tensor.zero_()
+    return tuple(sorted(zeroed))
+
+
+def _read(
+    stored: Stored,
+    targets: Sequence[Target],
+    workers: int,
+    progress: Callable[[int], None] | None,
+) -> None:
+    """Read into the tensors' own memory where they allow it, else through a bounded buffer."""
+    direct, staged = [], []
+    for target in targets:
+        tensor, info = target.piece.tensor, target.info
+        if target.saved is None or info is None:
+            continue
+        if tensor.device.type == "cpu" and target.piece.info.dtype == info.dtype:
+            direct.append((target.saved, target.piece.box, as_bits(tensor)))
+        else:
+            staged.append((target.saved, target.piece.box, info.dtype, tensor))
+    read_all(stored, direct, workers, progress)
+    while staged:
+        chosen: list[tuple[Key, Box, str, Tensor]] = []
+        size = 0
+        while staged and (not chosen or size < AT_ONCE):
+            chosen.append(staged.pop())
+            size += chosen[-1][3].nbytes
+        buffers = [
+            (key, box, np.empty(tensor.shape, bits(dtype))) for key, box, dtype, tensor in chosen
+        ]
+        read_all(stored, buffers, workers, progress)
+        for (_, _, buffer), (_, _, dtype, tensor) in zip(buffers, chosen, strict=True):
+            tensor.copy_(as_tensor(buffer, dtype))
+
+
+# --- proof --------------------------------------------------------------------------------
+
+
+def _verify(stored: Stored, targets: Sequence[Target], zeroed: Collection[Key]) -> tuple[int, int]:
+    """How many tensors are proven to hold what was saved, and how many there are.
+
+    Those that were cast or zeroed, or of which the ranks together hold only a part, are not.
+    Raises ValueError if a tensor's content is not that in the manifest.
+    """
+    sums = [
+        (t.saved, t.piece.box, content(_now(t.piece.tensor), t.piece.box))
+        for t in targets
+        if t.info is not None and t.piece.info.dtype == t.info.dtype and t.saved not in zeroed
+    ]
+    everything: dict[Key, dict[Box, int]] = {}
+    wrong: dict[Key, Box] = {}
+    for told in exchange.gather(sums):
+        for key, box, total in told:
+            if key is not None and everything.setdefault(key, {}).setdefault(box, total) != total:
+                wrong[key] = box
+    verified = 0
+    for key, boxes in everything.items():
+        if not flaw(stored.manifest.infos[key].shape, boxes):
+            if hexadecimal(sum(boxes.values())) != stored.manifest.contents[key]:
+                wrong[key] = whole(stored.manifest.infos[key].shape)
+            verified += 1
+    if wrong:
+        key, box = min(wrong.items())
+        raise ValueError(
+            f"after loading, {len(wrong)} tensors are not what was saved, such as {key[0]} "
+            f"({key[1]}) {show(box)}: this is a fault of hakari or of the machine's memory"
+        )
+    names = set().union(*exchange.gather({target.saved for target in targets}))
+    return verified, len(names)
+
+
+def _now(tensor: Tensor) -> np.ndarray:
+    return as_bits(tensor if tensor.device.type == "cpu" else tensor.cpu())

@@ -1,0 +1,239 @@
+"""Save what all processes hold as one checkpoint, at once or in the background."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import hakari
+from hakari.training.checkpoint import exchange
+from hakari.training.checkpoint.assign import Held, assign
+from hakari.training.checkpoint.boxes import Box, volume
+from hakari.training.checkpoint.commit import Request, SaveError, carry_out
+from hakari.training.checkpoint.dtypes import BYTES, as_bits
+from hakari.training.checkpoint.latest import named
+from hakari.training.checkpoint.pieces import (
+    Holdings,
+    Models,
+    Optimizers,
+    Piece,
+    holdings,
+    tensor_pieces,
+)
+from hakari.training.checkpoint.snapshot import Save, Writer, finished, start
+from hakari.training.checkpoint.storage import Location, open_folder
+from hakari.training.checkpoint.stored import EXTRA
+from hakari.training.checkpoint.tree import encode
+
+Plan = tuple[tuple[int, Box], ...]
+
+
+@dataclass
+class _Session:
+    """What one process keeps between saves: its writer, the save under way, the last plan."""
+
+    writer: Writer | None = None
+    running: Save | None = None
+    digests: tuple[str, ...] = ()
+    plan: Plan = ()
+    total: int = 0
+
+
+_session = _Session()
+
+
+def save(
+    path: Location,
+    model: Models | None,
+    optimizer: Optimizers | None = None,
+    extra_state: Any = None,
+    *,
+    step: int,
+    rank_state: Any = None,
+    pieces: Iterable[Piece] = (),
+    asynchronous: bool = False,
+    when_busy: Literal["wait", "skip"] = "wait",
+    copies: Literal["equal", "first"] = "equal",
+    keep: int = 0,
+    timeout: float = 1800.0,
+) -> Save | None:
+    """Write a checkpoint PATH/step-N that any number of processes can load; every rank calls it.
+
+    path: a folder that all processes see, or an fsspec URL. model, optimizer: one, or the parts
+    that this process holds. extra_state: a tree of plain values, tensors and objects with a
+    state_dict, the same on all ranks (schedule, data cursor). rank_state: another such tree of
+    each rank's own (random generators). pieces: what else belongs in it, such as flat shards.
+
+    asynchronous: return once the state is copied; a process of its own writes it. One save is
+    under way at a time: another call waits, or skips (then None is returned, on all ranks). A
+    failure is raised by the next save, by the result's `poll` and `wait`, or at exit.
+    copies: what several ranks hold of the same box must be equal to the bit, or the first rank's
+    is taken, for runs whose replicas may drift.
+    keep: newest checkpoints to leave, 0 for all; older ones go when this one is complete.
+    timeout: seconds to wait for other processes to write.
+
+    Returns a `Save`; a synchronous one is complete. Raises FileExistsError if the step was saved
+    before, ValueError if pieces do not tile a tensor or copies differ, TypeError if a state cannot
+    be stored, OSError if the disk fails or is too small, SaveError (an OSError) if another
+    process or the last save in the background failed.
+    """
+    root, error = str(path), None
+    try:
+        held, record = _collect(model, optimizer, pieces, extra_state, rank_state)
+    except (ValueError, TypeError) as failure:
+        held, record, error = (), {}, failure
+    exchange.raise_together(error)
+    busy, save_id = _agree(root, step, held, when_busy)
+    if busy:
+        return None
+    plan = _planned(root, held, copies)
+    request = Request(
+        root,
+        step,
+        save_id,
+        exchange.rank(),
+        exchange.world(),
+        tuple((piece.key, piece.info, piece.box) for piece in held),
+        plan,
+        record,
+        copies,
+        keep,
+        timeout,
+    )
+    if asynchronous:
+        _session.writer = _session.writer or start()
+        _session.running = _session.writer.save(request, [piece.tensor for piece in held])
+        return _session.running
+    return finished(carry_out(request, [_bits(piece.tensor) for piece in held]))
+
+
+def wait() -> None:
+    """Wait until no save is under way in the background. Raises if it failed."""
+    running, _session.running = _session.running, None
+    if running:
+        running.wait()
+
+
+# --- what to save -------------------------------------------------------------------------
+
+
+def _collect(
+    model: Models | None,
+    optimizer: Optimizers | None,
+    pieces: Iterable[Piece],
+    extra_state: Any,
+    rank_state: Any,
+) -> tuple[tuple[Piece, ...], dict[str, Any]]:
+    found = holdings(() if model is None else model, optimizer, pieces)
+    rank = exchange.rank()
+    extra, shared = _tree(extra_state, "extra_state")
+    own, mine = _tree(rank_state, f"rank_state/{rank:05d}")
+    held = (*found.pieces, *shared, *mine)
+    twice = {
+        piece.key
+        for piece in held
+        if piece.key[0].startswith(("extra_state/", "rank_state/")) and piece.key[1] != EXTRA
+    }
+    if twice:
+        raise ValueError(f"{min(twice)[0]} is a name that is kept for extra states")
+    return held, _record(found, extra, own)
+
+
+def _tree(tree: Any, name: str) -> tuple[Any, list[Piece]]:
+    tensors: dict[str, Tensor] = {}
+    plain = encode(tree, name, tensors)
+    return plain, [
+        p for path, value in tensors.items() for p in tensor_pieces((path, EXTRA), value)
+    ]
+
+
+def _record(found: Holdings, extra: Any, own: Any) -> dict[str, Any]:
+    """What of a process's state is not a tensor, as plain JSON."""
+    none: dict[str, Tensor] = {}
+    record = {
+        "scalars": [
+            [*key, encode(value, "/".join(key), none)] for key, value in found.scalars.items()
+        ],
+        "groups": [
+            [encode(group.options, "optimizer", none), group.members] for group in found.groups
+        ],
+        "optimizer": found.optimizer,
+        "tied": found.tied,
+        "extra": extra,
+        "own": own,
+        "origin": {
+            "framework": "hakari",
+            "mesh": found.mesh,
+            "hakari": hakari.__version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
+    }
+    if none:
+        raise TypeError(f"{min(none)} is a tensor with more than one element")
+    return dict(json.loads(json.dumps(record)))
+
+
+def _bits(tensor: Tensor) -> np.ndarray:
+    return as_bits(tensor if tensor.device.type == "cpu" else tensor.cpu())
+
+
+# --- what all processes must agree on -----------------------------------------------------
+
+
+def _agree(root: str, step: int, held: Sequence[Piece], when_busy: str) -> tuple[bool, str]:
+    """Whether to skip, and the save's name. Raises on all ranks what is wrong on any."""
+    failure = None
+    running = _session.running
+    if running and when_busy == "wait":
+        failure = running.failure(wait=True)
+    elif running and running.done():
+        failure = running.failure()
+    busy = bool(running and not running.done())
+    if not busy:
+        _session.running = None
+    folder = open_folder(root)
+    exists = exchange.rank() == 0 and named(step) in folder.entries()
+    told = exchange.gather((busy, uuid.uuid4().hex, exists, failure))
+    for rank, (_, _, there, said) in enumerate(told):
+        if said:
+            raise SaveError(f"the last save failed on rank {rank}: {said}")
+        if there:
+            raise FileExistsError(
+                f"{root.rstrip('/')}/{named(step)} exists: save to another folder, or remove it"
+            )
+    return any(each[0] for each in told), told[0][1]
+
+
+def _planned(root: str, held: Sequence[Piece], copies: str) -> Plan:
+    """What this rank writes. Worked out anew only if any rank holds something else than before."""
+    mine: list[Held] = [(piece.key, piece.info, piece.box) for piece in held]
+    digest = hashlib.sha256(f"{copies}{mine}".encode()).hexdigest()
+    told = exchange.gather((digest, open_folder(root).free()))
+    digests = tuple(each for each, _ in told)
+    if digests != _session.digests:
+        everyone = exchange.gather(mine)
+        shares = assign(everyone, share=copies == "equal")
+        _session.plan = tuple(shares[exchange.rank()])
+        _session.total = sum(
+            volume(box) * BYTES[everyone[rank][index][1].dtype]
+            for rank, share in enumerate(shares)
+            for index, box in share
+        )
+        _session.digests = digests
+    left = [free for _, free in told if free is not None]
+    if left and min(left) < _session.total:
+        raise OSError(
+            f"{root} has {min(left):,} bytes left, and the checkpoint needs {_session.total:,}: "
+            "make room, or lower `keep`"
+        )
+    return _session.plan

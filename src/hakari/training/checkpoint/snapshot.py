@@ -1,0 +1,188 @@
+"""Saves in the background: a copy of the state in shared memory, and a process that writes it.
+
+The process is not forked (threads and CUDA would not survive it) and does not run the user's
+script again. It shares one nameless memory file with the training process, which is gone when
+both are, however they end. It speaks to others through the checkpoint's folder alone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import mmap
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hakari.training.checkpoint.boxes import extents
+from hakari.training.checkpoint.commit import Request, SaveError
+from hakari.training.checkpoint.dtypes import BYTES, TORCH
+
+ALIGN = 64
+
+
+@dataclass
+class Save:
+    """A save that is under way, or over."""
+
+    path: str | None = None
+    _writer: Writer | None = field(default=None, repr=False)
+    _error: str | None = None
+
+    def done(self) -> bool:
+        """Whether it is over, well or not."""
+        if self._writer and self.path is None and self._error is None:
+            self._take(self._writer.answer(wait=False))
+        return self._writer is None
+
+    def poll(self) -> bool:
+        """Whether it is complete. Raises SaveError if it failed; call it once a step."""
+        if self.done() and self._error:
+            raise SaveError(f"saving in the background failed: {self._error}")
+        return self.done()
+
+    def wait(self) -> str:
+        """Wait until it is complete; returns where it is. Raises SaveError if it failed."""
+        error = self.failure(wait=True)
+        if error:
+            raise SaveError(f"saving in the background failed: {error}")
+        return str(self.path)
+
+    def failure(self, wait: bool = False) -> str | None:
+        """What went wrong, if it is over."""
+        if wait and not self.done() and self._writer:
+            self._take(self._writer.answer(wait=True))
+        return self._error
+
+    def _take(self, answer: dict[str, str] | None) -> None:
+        if answer is not None:
+            self.path, self._error = answer.get("path"), answer.get("error")
+            self._writer = None
+
+
+def finished(path: str) -> Save:
+    """A save that is complete."""
+    return Save(path)
+
+
+@dataclass
+class Writer:
+    """The process that writes, and the memory that it shares with this one."""
+
+    process: subprocess.Popen[bytes]
+    memory: int  # file descriptor
+    view: mmap.mmap | None = None
+
+    def save(self, request: Request, tensors: Sequence[Tensor]) -> Save:
+        """Copy the tensors and have them written; returns when they are copied."""
+        if self.process.poll() is not None:
+            self._start_again()
+        places, size = layout(request)
+        if self.view is None or len(self.view) < size:
+            os.ftruncate(self.memory, size)
+            self.view = mmap.mmap(self.memory, size)
+        for tensor, (_, info, box), place in zip(tensors, request.pieces, places, strict=True):
+            count = prod(extents(box))
+            if count:
+                flat = torch.frombuffer(
+                    self.view, dtype=TORCH[info.dtype], count=count, offset=place
+                )
+                flat.view(extents(box)).copy_(tensor)
+        self._send(request)
+        return Save(_writer=self)
+
+    def answer(self, wait: bool) -> dict[str, str] | None:
+        """What the process said of its last save, or None if it has not yet."""
+        out = self.process.stdout
+        if out is None:
+            return {"error": "the writer process was not started"}
+        os.set_blocking(out.fileno(), wait)
+        line = out.readline()
+        if line:
+            return dict(json.loads(line))
+        status = self.process.wait() if wait else self.process.poll()
+        if status is None:
+            return None
+        return {"error": f"the writer process ended with status {status}"}
+
+    def _send(self, request: Request) -> None:
+        if self.process.stdin is None:
+            raise RuntimeError("the writer process was not started")
+        self.process.stdin.write(json.dumps(asdict(request)).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def _start_again(self) -> None:
+        self.process = _process(self.memory)
+
+
+def start() -> Writer:
+    """Start the process that writes; it ends with this one, having finished its save."""
+    memory = _shared_memory()
+    writer = Writer(_process(memory), memory)
+    atexit.register(_drain, writer)
+    return writer
+
+
+def layout(request: Request) -> tuple[list[int], int]:
+    """Where each piece lies in the shared memory, and how large that is, in bytes."""
+    places, at = [], 0
+    for _, info, box in request.pieces:
+        places.append(at)
+        at += -(-prod(extents(box)) * BYTES[info.dtype] // ALIGN) * ALIGN
+    return places, max(at, ALIGN)
+
+
+def request_from(table: dict[str, Any]) -> Request:
+    """A request as it was before it was sent."""
+    from hakari.training.checkpoint.source import Info
+
+    def box(rows: Any) -> tuple[tuple[int, int], ...]:
+        return tuple((start, stop) for start, stop in rows)
+
+    pieces = tuple(
+        ((name, state), Info(tuple(info["shape"]), info["dtype"]), box(place))
+        for (name, state), info, place in table["pieces"]
+    )
+    mine = tuple((index, box(place)) for index, place in table["mine"])
+    return Request(**{**table, "pieces": pieces, "mine": mine})
+
+
+def _shared_memory() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("hakari-snapshot")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _process(memory: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "hakari.training.checkpoint.writer", str(memory)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        pass_fds=(memory,),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        start_new_session=True,  # Ctrl-C is for the training process
+    )
+
+
+def _drain(writer: Writer) -> None:
+    """At exit: let the process finish what it has, and say so if that fails."""
+    process = writer.process
+    if process.stdin and process.stdout and process.poll() is None:
+        process.stdin.write(b"end\n")
+        process.stdin.close()
+        os.set_blocking(process.stdout.fileno(), True)
+        for line in process.stdout:
+            error = json.loads(line).get("error")
+            if error:
+                print(f"hakari: saving in the background failed: {error}", file=sys.stderr)
+        process.stdout.close()
+        process.wait()
