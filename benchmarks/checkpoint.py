@@ -130,6 +130,8 @@ def on_rank(rank: int, scratch: str, layers: int, rounds: int, file: str) -> Non
 
 
 class Residual(nn.Module):
+    """An embedding and residual layers."""
+
     def __init__(self, layers: int) -> None:
         super().__init__()
         self.embed = nn.Embedding(32_000, 512)
@@ -137,6 +139,7 @@ class Residual(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(512) for _ in range(layers))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Hidden states of tokens."""
         x = self.embed(tokens)
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = x + layer(norm(x)).unflatten(-1, (4, 512)).sum(-2)
@@ -350,30 +353,23 @@ def conversions(scratch: Path, layers: int, rounds: int) -> Answer:
     for number in range(rounds):
         here = scratch / f"convert-{number}"
         here.mkdir()
-        found = {
-            "ds_to_universal": seconds(
-                lambda: subprocess.run(
-                    [python, script, "universal", zero, here / "ds"], check=True, **quiet
-                )
-            ),
-            "hakari": seconds(
-                lambda: subprocess.run(
-                    [
-                        *(sys.executable, "-m", "hakari.cli", "checkpoint", "convert"),
-                        *(zero, here / "hakari", "--workers", "2"),
-                    ],
-                    check=True,
-                    **quiet,
-                )
-            ),
-            "cp": seconds(lambda: copy_files(zero, here / "cp")),
-        }
-        found["copied_bytes"] = size
-        found["hakari_bytes"] = used(here / "hakari")
-        found["ds_to_universal_bytes"] = used(here / "ds")
-        answer["rounds"].append(found)
+        answer["rounds"].append(convert_once(python, script, zero, here) | {"copied_bytes": size})
         shutil.rmtree(here)
     return answer
+
+
+def convert_once(python: str, script: Path, zero: Path, here: Path) -> Answer:
+    """Seconds of whole commands, and how much each wrote."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    ours = [Path(sys.executable).parent / "hakari", "checkpoint", "convert", zero, here / "hakari"]
+    theirs = [python, script, "universal", zero, here / "ds"]
+    return {
+        "ds_to_universal": seconds(lambda: subprocess.run(theirs, check=True, **quiet)),
+        "hakari": seconds(lambda: subprocess.run(ours, check=True, **quiet)),
+        "cp": seconds(lambda: copy_files(zero, here / "cp")),
+        "hakari_bytes": used(here / "hakari"),
+        "ds_to_universal_bytes": used(here / "ds"),
+    }
 
 
 def seconds(call: Callable[[], Any]) -> float:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
-from hakari import __version__
+from hakari import __version__, checkpoint_cli
 
 app = App(
     name="hakari",
@@ -21,6 +21,7 @@ Start with `hakari demo`, then try `hakari iv --help` or `hakari lp --help` on y
     help_format="markdown",
     suppress_keyboard_interrupt=False,
 )
+app.command(checkpoint_cli.app)
 
 MODEL = Group.create_ordered(
     "Model",
@@ -46,7 +47,6 @@ PATHS = Group.create_ordered(
 OUTPUT = Group.create_ordered(
     "Output", help="For example: --out runs/schooling --json > answer.json"
 )
-
 RUN = Group.create_ordered("Run", help="For example: hakari train examples/moe_tiny.toml")
 
 Method = Literal["auto", "mh", "da", "da-exact", "da-approx", "independence", "preconditioned"]

@@ -15,6 +15,7 @@ import importlib.util
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -85,6 +86,14 @@ def run_console(block: Block, folder: Path) -> list[tuple[str, str]]:
     return found
 
 
+def bring(page: Path, folder: Path) -> None:
+    """Lay out what a page starts from and does not make itself."""
+    if page.stem == "checkpoints":
+        fixture = ROOT / "tests" / "fixtures" / "zero_llama"
+        shutil.copytree(fixture / "checkpoint", folder / "zero")
+        shutil.copytree(fixture / "model", folder / "model")
+
+
 def same(said: str, printed: str) -> bool:
     """Words equal, numbers close; a shown 0.0 may be anything small."""
     words = [_NUMBER.sub("#", text).split() for text in (said, printed)]
@@ -113,6 +122,7 @@ def _shows_line(line: str, want: str) -> bool:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_code_on_the_page_runs_and_prints_what_it_says(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    bring(page, tmp_path)
     space: dict[str, object] = {"__name__": "page"}
     for block in blocks(page.read_text(encoding="utf-8")):
         if block.kind == "console":

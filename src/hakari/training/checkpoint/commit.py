@@ -13,6 +13,7 @@ store has no rename: there the data lie in `step-N` from the start and COMMIT al
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ from hakari.training.checkpoint.storage import Folder, open_folder, small
 
 RECORD = 2**31
 """Bytes of a rank's record that are read at most."""
+FAILED = re.compile(r"failed-\d{5,}\.txt")  # whole, not one that is being written
 
 
 class SaveError(OSError):
@@ -80,11 +82,11 @@ def carry_out(
     target = named(request.step)
     folder = root.child(request.folder if root.renames else target)
     try:
-        _write_share(folder, request, values)
+        _announce(root, folder, request, _write_share(folder, request, values))
         if request.rank == 0:
             _conclude(root, folder, request, gone)
     except BaseException as error:
-        _fail(folder, request, error)
+        _fail(root, folder, request, error)
         raise
     if request.rank:
         _await(root, folder, request, gone)
@@ -94,7 +96,8 @@ def carry_out(
 # --- each process -------------------------------------------------------------------------
 
 
-def _write_share(folder: Folder, request: Request, values: Sequence[np.ndarray]) -> None:
+def _write_share(folder: Folder, request: Request, values: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Have this process's data on disk; returns what the coordinator has to know."""
     parts = [
         Part(key, info, box, values[index][within(box, held)] if box else values[index])
         for index, box in request.mine
@@ -120,7 +123,23 @@ def _write_share(folder: Folder, request: Request, values: Sequence[np.ndarray])
             **request.record,
         }
     folder.sync()
-    folder.write(_ready(request.rank), json.dumps(record).encode())
+    return record
+
+
+def _announce(root: Folder, folder: Folder, request: Request, record: dict[str, Any]) -> None:
+    try:
+        folder.write(_ready(request.rank), json.dumps(record).encode())
+    except OSError:  # or the coordinator was faster, and has renamed the folder
+        if request.rank == 0 or not _announced(root, folder, request):
+            raise
+
+
+def _announced(root: Folder, folder: Folder, request: Request) -> bool:
+    """Whether the coordinator may have seen this process's record: then its data must stay.
+
+    Records go only after the commit, so one that was seen is either there or committed.
+    """
+    return _ready(request.rank) in folder.entries() or _committed(root, request)
 
 
 def _ready(rank: int) -> str:
@@ -131,31 +150,37 @@ def _failed(rank: int) -> str:
     return f"failed-{rank:05d}.txt"
 
 
-def _fail(folder: Folder, request: Request, error: BaseException) -> None:
+def _fail(root: Folder, folder: Folder, request: Request, error: BaseException) -> None:
     """Make room, and tell the others; nothing more can be done if that fails too."""
-    mine = f"data/{request.save_id[:8]}-r{request.rank:05d}"
     try:
-        for name in folder.names():
-            if name.startswith(mine):
-                folder.remove(name)
-        if folder.entries():
-            folder.write(_failed(request.rank), f"{type(error).__name__}: {error}".encode())
+        if _committed(root, request) or (request.rank and _announced(root, folder, request)):
+            return  # what failed came after
+        _make_room(folder, request)
+        folder.write(_failed(request.rank), f"{type(error).__name__}: {error}".encode())
     except OSError:
         pass
 
 
+def _make_room(folder: Folder, request: Request) -> None:
+    """Remove what this process wrote. Safe once any has failed: then none can commit."""
+    mine = f"data/{request.save_id[:8]}-r{request.rank:05d}"
+    for name in folder.names():
+        if name.startswith(mine):
+            folder.remove(name)
+
+
 def _await(root: Folder, folder: Folder, request: Request, gone: Callable[[], bool]) -> None:
     """Wait until the coordinator has committed."""
-
-    def committed() -> bool:
-        try:
-            commit = json.loads(small(root.child(named(request.step)), COMMIT, 2**16))
-        except (OSError, ValueError):
-            return False
-        return bool(commit.get("save_id") == request.save_id)
-
     waiting = "rank 0, the coordinator, did not commit"
-    _until(committed, folder, request, gone, lambda: waiting)
+    _until(lambda: _committed(root, request), folder, request, gone, lambda: waiting)
+
+
+def _committed(root: Folder, request: Request) -> bool:
+    try:
+        commit = json.loads(small(root.child(named(request.step)), COMMIT, 2**16))
+    except (OSError, ValueError):
+        return False
+    return bool(commit.get("save_id") == request.save_id)
 
 
 def _until(
@@ -167,10 +192,11 @@ def _until(
 ) -> None:
     begun, pause = time.monotonic(), 0.001
     while not done():
-        failures = [name for name in folder.entries() if name.startswith("failed-")]
+        failures = [name for name in folder.entries() if FAILED.fullmatch(name)]
         if failures and not done():
             said = small(folder, failures[0], 2**20).decode(errors="replace")
-            rank = int(failures[0].removeprefix("failed-").removesuffix(".txt"))
+            rank = int(failures[0][len("failed-") : -len(".txt")])
+            _make_room(folder, request)
             raise SaveError(f"the save of step {request.step} failed on rank {rank}: {said}")
         if gone():
             raise SaveError(f"the save of step {request.step} was given up: training has ended")
@@ -196,16 +222,16 @@ def _conclude(root: Folder, folder: Folder, request: Request, gone: Callable[[],
     _until(lambda: not missing(), folder, request, gone, lambda: f"ranks {missing()} wrote nothing")
     records = [json.loads(small(folder, name, RECORD)) for name in wanted]
     manifests.write(folder, merge(request, records))
-    for name in wanted:
-        folder.remove(name)
     target = named(request.step)
     if root.renames:
         if target in root.entries():
             raise FileExistsError(f"{request.root}/{target} exists: another save made it meanwhile")
         folder.sync()
         root.rename(request.folder, target)
+    for name in wanted:
+        root.child(target).remove(name)
     advance(root, target)
-    prune(root, request.keep)
+    prune(root, request.keep, spare=target)
 
 
 def merge(request: Request, records: Sequence[Mapping[str, Any]]) -> Manifest:
@@ -232,7 +258,7 @@ def merge(request: Request, records: Sequence[Mapping[str, Any]]) -> Manifest:
         contents,
         _scalars(records),
         _merged_groups(records),
-        "+".join(sorted({r["optimizer"] for r in records if r["optimizer"]})),
+        "+".join(sorted({kind for r in records for kind in r["optimizer"].split("+") if kind})),
         tuple(sorted({tuple(names) for record in records for names in record["tied"]})),
         first["extra"],
         tuple(record["own"] for record in records),

@@ -24,7 +24,7 @@ from hakari.training.checkpoint.content import content, hexadecimal
 from hakari.training.checkpoint.dtypes import BYTES, TORCH, as_bits, as_tensor, bits, name_of
 from hakari.training.checkpoint.fragments import Fragment
 from hakari.training.checkpoint.latest import advance, named
-from hakari.training.checkpoint.manifest import Manifest, Stored
+from hakari.training.checkpoint.manifest import COMMIT, Manifest, Stored, safe
 from hakari.training.checkpoint.shard_file import Entry, chunks, label, split, write_file
 from hakari.training.checkpoint.source import Info, Key, Source
 from hakari.training.checkpoint.storage import Folder, Location, open_folder, small
@@ -61,16 +61,17 @@ def convert(
     bytes written. Raises FileExistsError if the step is there already.
     """
     root, target = open_folder(where), named(source.step or 0)
-    if target in root.entries():
+    there = target in root.entries()
+    if there and (root.renames or COMMIT in root.child(target).entries()):
         raise FileExistsError(f"{root.where.rstrip('/')}/{target} exists: choose another folder")
-    extra, source = _with_extra(source)
+    extra, ranks, source = _with_extra(source)
     keys = sorted(source.tensors)
     identity = sha256(
         f"{fingerprint or uuid.uuid4().hex}{[(key, source.tensors[key]) for key in keys]}".encode()
     ).hexdigest()
     folder = root.child(f".tmp-{target}-{identity[:8]}" if root.renames else target)
     done = _write_all(source, folder, keys, identity, budget, workers, progress)
-    manifests.write(folder, _manifest(source, extra, done, identity))
+    manifests.write(folder, _manifest(source, extra, ranks, done, identity))
     _finish(root, folder, target)
     return f"{root.where.rstrip('/')}/{target}"
 
@@ -87,7 +88,8 @@ def export_atoms(
     """Write each tensor whole, as plain safetensors named STATE/NAME; returns the files.
 
     grouped: files of up to 512 MiB. one-file-per-parameter: as DeepSpeed's universal format has
-    it, NAME/STATE.safetensors. Raises FileExistsError for a folder that is not empty.
+    it, NAME/STATE.safetensors. Raises FileExistsError for a folder that is not empty,
+    ValueError for a name that could leave it.
     """
     folder = empty_folder(where)
     keys = sorted(source.tensors)
@@ -96,7 +98,7 @@ def export_atoms(
         named_runs = ((f"atoms-{n:05d}.safetensors", run) for n, run in enumerate(runs))
         groups = {name: [keys[i] for i in run] for name, run in named_runs}
     else:
-        groups = {f"{key[0]}/{key[1]}.safetensors": [key] for key in keys}
+        groups = {safe(f"{key[0]}/{key[1]}.safetensors"): [key] for key in keys}
     step = max(2**20, budget // (2 * workers))
 
     def write(name: str) -> None:
@@ -265,7 +267,9 @@ def _finish(root: Folder, folder: Folder, target: str) -> None:
 # --- the manifest -------------------------------------------------------------------------
 
 
-def _manifest(source: Source, extra: Any, done: Sequence[Done], identity: str) -> Manifest:
+def _manifest(
+    source: Source, extra: Any, ranks: Sequence[Any], done: Sequence[Done], identity: str
+) -> Manifest:
     fragments: dict[Key, tuple[Fragment, ...]] = {}
     contents: dict[Key, str] = {}
     for file in done:
@@ -292,18 +296,21 @@ def _manifest(source: Source, extra: Any, done: Sequence[Done], identity: str) -
         source.optimizer,
         source.tied,
         extra,
-        (),
+        tuple(ranks),
         source.origin,
     )
 
 
-def _with_extra(source: Source) -> tuple[Any, Source]:
-    """The extra state as JSON, and a source that also has the tensors in it."""
+def _with_extra(source: Source) -> tuple[Any, list[Any], Source]:
+    """Extra and rank states as JSON, and a source that also has the tensors in them."""
     tensors: dict[str, Tensor] = {}
-    plain = tree.encode(source.extra, "extra_state", tensors)
-    if not tensors:
-        return plain, source
-    return plain, with_tensors(source, {(name, EXTRA): t for name, t in tensors.items()})
+    extra = tree.encode(source.extra, "extra_state", tensors)
+    ranks = [
+        tree.encode(own, f"rank_state/{rank:05d}", tensors) for rank, own in enumerate(source.ranks)
+    ]
+    if tensors:
+        source = with_tensors(source, {(name, EXTRA): t for name, t in tensors.items()})
+    return extra, ranks, source
 
 
 def with_tensors(source: Source, more: Mapping[Key, Tensor]) -> Source:

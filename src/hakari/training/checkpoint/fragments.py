@@ -66,11 +66,11 @@ class Job:
 
 
 class DamageError(ValueError):
-    """A tile is not what was written. `key` is the tensor that it belongs to."""
+    """A tile or a file is not what was written. `keys`: tensors that it holds; `key`: the first."""
 
-    def __init__(self, message: str, key: Key) -> None:
+    def __init__(self, message: str, key: Key, *more: Key) -> None:
         super().__init__(message)
-        self.key = key
+        self.key, self.keys = key, (key, *more)
 
 
 def read(

@@ -81,20 +81,24 @@ def clear_leftovers(where: Location) -> list[str]:
 
 def advance(root: Folder, name: str) -> None:
     """Point LATEST to a checkpoint, unless it points to a newer one."""
-    newest = max(steps(root.where), default=-1)
-    root.write(LATEST, f"{max(name, named(newest)) if newest >= 0 else name}\n".encode())
+    newest = max(steps(root.where), default=0)
+    mine = int(name.removeprefix("step-"))
+    root.write(LATEST, f"{named(max(mine, newest))}\n".encode())
 
 
-def prune(root: Folder, keep: int) -> list[str]:
+def prune(root: Folder, keep: int, spare: str = "") -> list[str]:
     """Remove all but the newest `keep` whole checkpoints (0: none is removed); returns names.
 
     A checkpoint counts as whole if its manifest is and its files have their sizes; nothing is
-    removed that is newer than the oldest one kept, and never the last whole one.
+    removed that is newer than the oldest one kept, and never the last whole one. spare: name of
+    one that stays though there are newer ones, such as that of a run that went back.
     """
     if keep < 1:
         return []
     whole, removed = 0, []
     for step in reversed(steps(root.where)):
+        if whole >= keep and named(step) == spare:
+            continue
         if whole >= keep:
             remove(root, named(step))
             removed.append(named(step))
@@ -106,6 +110,8 @@ def prune(root: Folder, keep: int) -> list[str]:
 def remove(root: Folder, name: str) -> None:
     """Take a checkpoint away such that no part of it is ever taken for a whole one."""
     if root.renames:
+        if f".old-{name}" in root.entries():  # half removed, before
+            root.remove(f".old-{name}")
         root.rename(name, f".old-{name}")
         root.remove(f".old-{name}")
     else:

@@ -18,8 +18,8 @@ from hakari.training.checkpoint.boxes import Box, flaw, show, whole
 from hakari.training.checkpoint.content import content, hexadecimal
 from hakari.training.checkpoint.dtypes import as_bits, as_tensor, bits
 from hakari.training.checkpoint.fragments import DamageError
-from hakari.training.checkpoint.manifest import Manifest
-from hakari.training.checkpoint.pieces import Models, Optimizers, Piece, holdings
+from hakari.training.checkpoint.manifest import Manifest, check_sizes
+from hakari.training.checkpoint.pieces import Models, Optimizers, Piece, holdings, several
 from hakari.training.checkpoint.source import WEIGHT, Info, Key
 from hakari.training.checkpoint.states import made_states, restore_options
 from hakari.training.checkpoint.storage import Location
@@ -94,19 +94,18 @@ def load(
     be loaded.
     """
     begun = time.perf_counter()
-    stored = _open(path)
+    pieces = tuple(pieces)
+    states = {WEIGHT} if optimizer is None and not pieces else None
+    stored = _open(path, states, zero_damaged)
     parts = () if model is None else model
     threads = workers or min(4, os.cpu_count() or 1)
-    states = {WEIGHT} if optimizer is None and not pieces else None
     with _made_on_all(stored, parts, optimizer):
-        targets = _found_on_all(stored, parts, optimizer, pieces, cast)
-        missing, unused = _compare(stored, targets, states, strict)
+        targets, tied = _found_on_all(stored, parts, optimizer, pieces, cast)
+        missing, unused = _compare(stored, targets, tied, states, strict)
         present = [target for target in targets if target.saved is not None]
         zeroed = _fill(stored, present, zero_damaged, threads, progress)
         verified, tensors = _verify(stored, present, zeroed)
-        if optimizer is not None and options:
-            restore_options(stored.manifest, parts, optimizer)
-    extra, ranks = extras(stored)
+        extra, ranks = _rest(stored, parts, optimizer if options else None)
     return Loaded(
         stored.folder.where,
         stored.manifest.step,
@@ -131,21 +130,74 @@ class Target:
     info: Info | None
 
 
-def _open(path: Location) -> Stored:
+Ties = tuple[tuple[str, ...], ...]
+
+
+def _open(path: Location, states: Collection[str] | None, may_zero: Collection[str]) -> Stored:
     """The same checkpoint on every rank: the one that rank 0 finds."""
-    error, where = None, ""
+    error, where, stored = None, "", None
     if exchange.rank() == 0:
         try:
-            where = open_stored(path).folder.where
+            stored = open_stored(path)
+            where = stored.folder.where
+            _check_sizes(stored, states, may_zero)
         except (OSError, ValueError) as failure:
             error = failure
     exchange.raise_together(error)
-    return open_stored(exchange.from_first(where))
+    where = exchange.from_first(where)
+    try:
+        stored = stored or open_stored(where)
+    except (OSError, ValueError) as failure:
+        error = failure
+    exchange.raise_together(error)
+    if stored is None:
+        raise RuntimeError(f"{where} was not opened")
+    return stored
+
+
+def _check_sizes(stored: Stored, states: Collection[str] | None, may_zero: Collection[str]) -> None:
+    """Sizes of the files that are needed, before memory is taken for what is said to be there."""
+    files = {
+        part.file
+        for key, parts in stored.manifest.fragments.items()
+        if states is None or key[1] in states
+        for part in parts
+    }
+    for name in sorted(files):
+        try:
+            check_sizes(stored.folder, stored.manifest, [name])
+        except DamageError as damage:
+            needed = {state for _, state in damage.keys if states is None or state in states}
+            if not needed <= {*may_zero}:
+                raise
+
+
+def _rest(stored: Stored, model: Models, optimizer: Optimizers | None) -> Any:
+    """Extra states; and the options of an optimizer, which are set."""
+    error, found = None, None
+    try:
+        found = extras(stored)
+        if optimizer is not None:
+            restore_options(stored.manifest, model, optimizer)
+    except (OSError, ValueError) as failure:
+        error = failure
+    exchange.raise_together(error)
+    return found
 
 
 @contextmanager
 def _made_on_all(stored: Stored, model: Models, optimizer: Optimizers | None) -> Iterator[None]:
-    """`made_states`, where an error of one rank is an error of all."""
+    """`made_states`, where an error of one rank is an error of all.
+
+    Raises ValueError if the optimizers of all ranks are of other classes than those that saved.
+    """
+    kinds = {type(each).__name__ for each in several(optimizer)}
+    kind = "+".join(sorted(set().union(*exchange.gather(kinds))))
+    if kind and stored.manifest.optimizer and kind != stored.manifest.optimizer:
+        raise ValueError(
+            f"the checkpoint's optimizer is {stored.manifest.optimizer}, and this is {kind}: use "
+            "the same class, or load the weights alone (optimizer=None)"
+        )
     with ExitStack() as stack:
         error = None
         try:
@@ -162,15 +214,17 @@ def _found_on_all(
     optimizer: Optimizers | None,
     pieces: Iterable[Piece],
     cast: bool,
-) -> list[Target]:
-    error, targets = None, []
+) -> tuple[list[Target], Ties]:
+    """What to fill, and which names are tied here, on any rank."""
+    error, targets, tied = None, [], Ties()
     try:
         held = holdings(model, optimizer, pieces)
+        tied = held.tied
         targets = _targets(stored.manifest, held.pieces, cast)
     except (ValueError, TypeError) as failure:
         error = failure
     exchange.raise_together(error)
-    return targets
+    return targets, sum(exchange.gather(tied), Ties())
 
 
 # --- what goes where ----------------------------------------------------------------------
@@ -208,7 +262,11 @@ def _fits(piece: Piece, key: Key, info: Info, cast: bool) -> None:
 
 
 def _compare(
-    stored: Stored, targets: Sequence[Target], states: Collection[str] | None, strict: bool
+    stored: Stored,
+    targets: Sequence[Target],
+    tied: Ties,
+    states: Collection[str] | None,
+    strict: bool,
 ) -> tuple[tuple[Key, ...], tuple[Key, ...]]:
     """Tensors that only this program has, and that only the checkpoint has, over all ranks."""
     told = exchange.gather(
@@ -224,19 +282,26 @@ def _compare(
         for key in stored.manifest.infos
         if key not in used and key[1] != EXTRA and (states is None or key[1] in states)
     )
-    unused = _without_equal_copies(stored, targets, unused)
+    unused = _without_equal_copies(stored, used, tied, unused)
     if strict and (missing or unused):
         raise ValueError(_difference(stored, missing, unused))
     return tuple(missing), tuple(unused)
 
 
 def _without_equal_copies(
-    stored: Stored, targets: Sequence[Target], unused: Sequence[Key]
+    stored: Stored, used: Collection[Key], tied: Ties, unused: Sequence[Key]
 ) -> list[Key]:
     """Tensors that are tied here, and were saved apart but equal, are not missed."""
-    saved = stored.manifest.contents
-    known = {(key[1], saved[key]) for key in (t.saved for t in targets) if key}
-    return [key for key in unused if (key[1], saved[key]) not in known or key[1] != WEIGHT]
+    saved, infos = stored.manifest.contents, stored.manifest.infos
+
+    def copy(key: Key) -> bool:
+        names = {name for each in tied if key[0] in each for name in each}
+        others = [(name, WEIGHT) for name in names if (name, WEIGHT) in used]
+        return key[1] == WEIGHT and any(
+            (infos[other], saved[other]) == (infos[key], saved[key]) for other in others
+        )
+
+    return [key for key in unused if not copy(key)]
 
 
 def _difference(stored: Stored, missing: Sequence[Key], unused: Sequence[Key]) -> str:
@@ -275,11 +340,12 @@ def _fill(
             _read(stored, left, workers, progress)
             break
         except DamageError as failure:
-            if failure.key[1] not in may_zero:
+            lost = {target.saved for target in left if target.saved in failure.keys}
+            if not lost or any(key is None or key[1] not in may_zero for key in lost):
                 error = failure
                 break
-            damaged[failure.key] = str(failure)
-            left = [target for target in left if target.saved != failure.key]
+            damaged |= {key: str(failure) for key in lost if key}
+            left = [target for target in left if target.saved not in lost]
         except (OSError, ValueError, RuntimeError) as failure:
             error = failure
             break

@@ -73,14 +73,17 @@ def write(folder: Folder, manifest: Manifest) -> None:
     """Write the manifest, then COMMIT, each on disk before the next thing happens."""
     data = json.dumps(to_json(manifest), separators=(",", ":")).encode()
     folder.write(MANIFEST, data)
-    commit = {
+    folder.write(COMMIT, json.dumps(_commit(data, manifest)).encode())
+
+
+def _commit(data: bytes, manifest: Manifest) -> dict[str, Any]:
+    return {
         "manifest_sha256": hashlib.sha256(data).hexdigest(),
         "manifest_bytes": len(data),
         "files": len(manifest.files),
         "bytes": manifest.bytes,
         "save_id": manifest.save_id,
     }
-    folder.write(COMMIT, json.dumps(commit).encode())
 
 
 def read(folder: Folder) -> Manifest:
@@ -104,7 +107,10 @@ def read(folder: Folder) -> Manifest:
             f"{folder.where} is damaged: {MANIFEST} or {COMMIT} is not what was written "
             "(their hashes differ)"
         )
-    return from_json(_object(data, f"{folder.where}/{MANIFEST}"), f"{folder.where}/{MANIFEST}")
+    found = from_json(_object(data, f"{folder.where}/{MANIFEST}"), f"{folder.where}/{MANIFEST}")
+    if commit != _commit(data, found):
+        raise ValueError(f"{folder.where} is damaged: {COMMIT} is not what was written")
+    return found
 
 
 def to_json(manifest: Manifest) -> dict[str, Any]:
@@ -164,7 +170,7 @@ def from_json(table: Mapping[str, Any], where: str) -> Manifest:
 
 
 def _parse(table: Mapping[str, Any]) -> Manifest:
-    files = {_safe(name): Stored(*map(_count, row)) for name, row in table["files"].items()}
+    files = {safe(name): _stored(name, row) for name, row in table["files"].items()}
     names = list(files)
     infos: dict[Key, Info] = {}
     fragments: dict[Key, tuple[Fragment, ...]] = {}
@@ -179,6 +185,9 @@ def _parse(table: Mapping[str, Any]) -> Manifest:
             found = flaw(infos[key].shape, [part.box for part in fragments[key]])
             if found:
                 raise ValueError(f"{name} ({state}) {[*infos[key].shape]}: {found}")
+    claimed = sum(info.bytes for info in infos.values())
+    if claimed > sum(stored.bytes for stored in files.values()):
+        raise ValueError(f"tensors of {claimed:,} bytes cannot lie in files that are smaller")
     scalars = table["scalars"].items()
     return Manifest(
         str(table["save_id"]),
@@ -188,9 +197,9 @@ def _parse(table: Mapping[str, Any]) -> Manifest:
         fragments,
         contents,
         {(name, state): value for name, states in scalars for state, value in states.items()},
-        tuple(Group(dict(options), tuple(members)) for options, members in table["groups"]),
+        tuple(Group(dict(options), _names(members)) for options, members in table["groups"]),
         str(table["optimizer"]),
-        tuple(tuple(map(str, names)) for names in table["tied"]),
+        tuple(map(_names, table["tied"])),
         table["extra"],
         tuple(table["ranks"]),
         dict(table["origin"]),
@@ -233,8 +242,24 @@ def _count(value: Any) -> int:
     return value
 
 
-def _safe(name: str) -> str:
-    if not SAFE.fullmatch(name):
+def _stored(name: str, row: Sequence[Any]) -> Stored:
+    stored = Stored(*map(_count, row))
+    if stored.header > min(stored.bytes, LARGEST):
+        raise ValueError(
+            f"{name}: a header of {stored.header:,} bytes in a file of {stored.bytes:,} cannot be"
+        )
+    return stored
+
+
+def _names(names: Sequence[Any]) -> tuple[str, ...]:
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{names!r} is not a list of names")
+    return tuple(names)
+
+
+def safe(name: str) -> str:
+    """A file's name, unless it could lead out of the folder: then ValueError."""
+    if len(name) > 255 or not SAFE.fullmatch(name):
         raise ValueError(f"file name {name!r} could leave the folder")
     return name
 
@@ -254,7 +279,7 @@ def check_sizes(folder: Folder, manifest: Manifest, names: Sequence[str] | None 
     for name in manifest.files if names is None else names:
         try:
             size = folder.size(name)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             size = -1
         if size != manifest.files[name].bytes:
             parts = manifest.fragments.items()
@@ -265,5 +290,5 @@ def check_sizes(folder: Folder, manifest: Manifest, names: Sequence[str] | None 
             raise DamageError(
                 f"{folder.where}/{name} {state} instead of {manifest.files[name].bytes:,}; it "
                 f"holds {shown or 'nothing'}{more}",
-                keys[0] if keys else ("", ""),
+                *(keys or [("", "")]),
             )

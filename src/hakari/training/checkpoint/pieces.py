@@ -64,6 +64,12 @@ def holdings(model: Models, optimizer: Optimizers | None, more: Iterable[Piece] 
     Raises ValueError for a state that has no known place in a logical tensor, naming it.
     """
     models, optimizers = several(model), several(optimizer)
+    for each in optimizers:
+        if type(each).__name__ == "ZeroRedundancyOptimizer":  # its own states are none
+            raise ValueError(
+                "a ZeroRedundancyOptimizer keeps its states in the optimizer within: pass "
+                "optimizer.optim"
+            )
     values, tied = named_values(models)
     pieces = [p for name, value in values.items() for p in tensor_pieces((name, WEIGHT), value)]
     names = parameter_names(models)
@@ -137,12 +143,16 @@ def tensor_pieces(key: Key, tensor: Tensor) -> list[Piece]:
     if coordinate is None:
         return []
     local, shape = tensor.to_local().detach(), tuple(tensor.shape)
+    if 0 in shape:  # has no part, yet has to be known
+        return [Piece(key, shape, whole(shape), local.new_empty(shape))]
     parts = placed(shape, tensor.device_mesh.shape, tensor.placements, coordinate, str(key[0]))
     return [Piece(key, shape, box, local[here] if shape else local) for here, box in parts]
 
 
 def flat_pieces(key: Key, shape: Sequence[int], start: int, flat: Tensor) -> list[Piece]:
     """Pieces of a flat shard: elements from `start` of the flattened tensor, in one dimension."""
+    if 0 in shape:
+        return [Piece(key, tuple(shape), whole(shape), flat.view(tuple(shape)))]
     pieces, at = [], 0
     for box in flat_range(shape, start, start + flat.numel()):
         extents = [stop - begin for begin, stop in box]

@@ -8,6 +8,7 @@ import platform
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ from hakari.training.checkpoint.boxes import Box, volume
 from hakari.training.checkpoint.commit import Request, SaveError, carry_out
 from hakari.training.checkpoint.dtypes import BYTES, as_bits
 from hakari.training.checkpoint.latest import named
+from hakari.training.checkpoint.manifest import COMMIT
 from hakari.training.checkpoint.pieces import (
     Holdings,
     Models,
@@ -89,7 +91,7 @@ def save(
     root, error = str(path), None
     try:
         held, record = _collect(model, optimizer, pieces, extra_state, rank_state)
-    except (ValueError, TypeError) as failure:
+    except Exception as failure:  # a state_dict is anyone's code, and no rank may wait for it
         held, record, error = (), {}, failure
     exchange.raise_together(error)
     busy, save_id = _agree(root, step, held, when_busy)
@@ -172,6 +174,7 @@ def _record(found: Holdings, extra: Any, own: Any) -> dict[str, Any]:
         "own": own,
         "origin": {
             "framework": "hakari",
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "mesh": found.mesh,
             "hakari": hakari.__version__,
             "torch": str(torch.__version__),
@@ -201,8 +204,7 @@ def _agree(root: str, step: int, held: Sequence[Piece], when_busy: str) -> tuple
     busy = bool(running and not running.done())
     if not busy:
         _session.running = None
-    folder = open_folder(root)
-    exists = exchange.rank() == 0 and named(step) in folder.entries()
+    exists = exchange.rank() == 0 and _exists(root, step)
     told = exchange.gather((busy, uuid.uuid4().hex, exists, failure))
     for rank, (_, _, there, said) in enumerate(told):
         if said:
@@ -212,6 +214,17 @@ def _agree(root: str, step: int, held: Sequence[Piece], when_busy: str) -> tuple
                 f"{root.rstrip('/')}/{named(step)} exists: save to another folder, or remove it"
             )
     return any(each[0] for each in told), told[0][1]
+
+
+def _exists(root: str, step: int) -> bool:
+    """Whether a step was saved; in an object store, what a save that died left of it is removed."""
+    folder = open_folder(root)
+    if named(step) not in folder.entries():
+        return False
+    if folder.renames or COMMIT in folder.child(named(step)).entries():
+        return True
+    folder.remove(named(step))
+    return False
 
 
 def _planned(root: str, held: Sequence[Piece], copies: str) -> Plan:

@@ -107,6 +107,8 @@ class Writer:
         os.set_blocking(out.fileno(), wait)
         line = out.readline()
         if line:
+            os.set_blocking(out.fileno(), True)
+            line = line if line.endswith(b"\n") else line + out.readline()  # of a long message
             return dict(json.loads(line))
         status = self.process.wait() if wait else self.process.poll()
         if status is None:

@@ -28,9 +28,8 @@ from hakari.training.checkpoint.source import WEIGHT, Group, Info
 def made_states(found: Manifest, model: Models, optimizer: Optimizers | None) -> Iterator[None]:
     """Give an optimizer the states that were saved and that it lacks, uninitialised, to be filled.
 
-    Plain numbers are set at once. If the block raises, all is taken back. Raises ValueError if the
-    optimizer is of another class than the one that was saved, or a state's place on a sharded
-    parameter is unknown.
+    Plain numbers are set at once. If the block raises, all is taken back. Raises ValueError if a
+    state's place on a sharded parameter is unknown.
     """
     optimizers = several(optimizer)
     before = [{p: dict(state) for p, state in each.state.items()} for each in optimizers]
@@ -47,12 +46,6 @@ def made_states(found: Manifest, model: Models, optimizer: Optimizers | None) ->
 def _make_states(
     found: Manifest, model: Models, optimizers: Sequence[torch.optim.Optimizer]
 ) -> None:
-    kind = "+".join(sorted({type(each).__name__ for each in optimizers}))
-    if optimizers and found.optimizer and kind != found.optimizer:
-        raise ValueError(
-            f"the checkpoint's optimizer is {found.optimizer}, and this is {kind}: use the same "
-            "class, or load the weights alone (optimizer=None)"
-        )
     names, states = parameter_names(several(model)), _saved_states(found)
     for each in optimizers:
         for group in each.param_groups:

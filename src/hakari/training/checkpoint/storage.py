@@ -130,7 +130,10 @@ class LocalFolder:
 
     def entries(self) -> list[str]:
         """Names directly in this folder."""
-        return sorted(os.listdir(self.where)) if os.path.isdir(self.where) else []
+        try:
+            return sorted(os.listdir(self.where))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     def create(self, name: str) -> LocalFile:
         """A new file."""

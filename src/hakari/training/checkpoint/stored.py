@@ -63,8 +63,9 @@ def open_checkpoint(where: Location) -> Source:
         found.optimizer,
         found.tied,
         found.step,
-        {"extra_state": extra, "rank_states": ranks},
+        extra,
         found.origin,
+        ranks,
     )
 
 
@@ -103,7 +104,7 @@ def _check_header(stored: Stored, name: str) -> None:
         raise DamageError(
             f"{stored.folder.where}/{name} is damaged: its header (bytes 0 to {len(head):,}) is "
             f"not what was written; it holds {key[0]} ({key[1]}) and {max(0, len(held) - 1)} more",
-            key,
+            *(held or [key]),
         )
 
 
@@ -111,6 +112,8 @@ def extras(stored: Stored) -> tuple[Any, tuple[Any, ...]]:
     """extra_state, and rank_state of each process, as they were saved."""
     found = stored.manifest
     infos = {key: info for key, info in found.infos.items() if key[1] == EXTRA}
+    files = {part.file for key in infos for part in found.fragments[key]}
+    manifest.check_sizes(stored.folder, found, sorted(files))  # before memory is taken for them
     arrays = {key: np.empty(info.shape, bits(info.dtype)) for key, info in infos.items()}
     read_all(stored, [(key, whole(infos[key].shape), array) for key, array in arrays.items()], 1)
     tensors: Mapping[str, Tensor] = {

@@ -27,11 +27,9 @@ def encode(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if hasattr(tree, "state_dict") and not isinstance(tree, Mapping):
         tree = tree.state_dict()
     if isinstance(tree, np.ndarray):
-        tensors[name] = torch.from_numpy(np.array(tree, order="C"))
-        return {"$array": name}
+        return {"$array": _put(tensors, name, _of_array(tree, name))}
     if isinstance(tree, Tensor):
-        tensors[name] = tree.detach()
-        return {"$tensor": name}
+        return {"$tensor": _put(tensors, name, tree.detach())}
     if tree is None or isinstance(tree, bool | str):
         return tree
     if isinstance(tree, int | np.integer):
@@ -41,6 +39,20 @@ def encode(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(tree, bytes):
         return {"$bytes": base64.b64encode(tree).decode()}
     return _container(tree, name, tensors)
+
+
+def _put(tensors: dict[str, Tensor], name: str, tensor: Tensor) -> str:
+    while name in tensors:  # {"a/b": ...} and {"a": {"b": ...}}, or the keys 1 and "1"
+        name += "'"
+    tensors[name] = tensor
+    return name
+
+
+def _of_array(array: np.ndarray, name: str) -> Tensor:
+    try:
+        return torch.from_numpy(np.array(array, order="C"))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} is an array of {array.dtype}, which cannot be saved") from error
 
 
 def _container(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
@@ -60,16 +72,26 @@ def _container(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def decode(tree: Any, tensor: Callable[[str], Tensor]) -> Any:
-    """The tree that `encode` was given; `tensor` finds a tensor by its path."""
+    """The tree that `encode` was given; `tensor` finds a tensor by its path.
+
+    Raises ValueError for what `encode` cannot have written.
+    """
+    try:
+        return _decoded(tree, tensor)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"malformed state ({type(error).__name__}: {error})") from error
+
+
+def _decoded(tree: Any, tensor: Callable[[str], Tensor]) -> Any:
     if isinstance(tree, list):
-        return [decode(value, tensor) for value in tree]
+        return [_decoded(value, tensor) for value in tree]
     if not isinstance(tree, dict):
         return tree
     if len(tree) == 1:
         mark, value = next(iter(tree.items()))
         if mark in MARKS:
             return _marked(mark, value, tensor)
-    return {key: decode(value, tensor) for key, value in tree.items()}
+    return {key: _decoded(value, tensor) for key, value in tree.items()}
 
 
 def _marked(mark: str, value: Any, tensor: Callable[[str], Tensor]) -> Any:
@@ -78,9 +100,9 @@ def _marked(mark: str, value: Any, tensor: Callable[[str], Tensor]) -> Any:
     if mark == "$array":
         return tensor(value).numpy()
     if mark == "$tuple":
-        return tuple(decode(item, tensor) for item in value)
+        return tuple(_decoded(item, tensor) for item in value)
     if mark == "$pairs":
-        return {decode(key, tensor): decode(item, tensor) for key, item in value}
+        return {_decoded(key, tensor): _decoded(item, tensor) for key, item in value}
     if mark == "$bytes":
         return base64.b64decode(value)
     return float(value)
