@@ -164,7 +164,7 @@ def convert(
     processes: Annotated[int, Parameter(group=TARGET)] = 1,
     stage: Annotated[Literal[1, 2, 3], Parameter(group=TARGET)] = 1,
     budget: Budget = "512MB",
-    workers: Workers = 2,
+    workers: Workers = 4,
 ) -> int:
     """Convert a checkpoint from any format to any other, in bounded memory.
 
@@ -235,7 +235,7 @@ def export(
         Literal["grouped", "one-file-per-parameter"], Parameter(group=TARGET)
     ] = "grouped",
     budget: Budget = "512MB",
-    workers: Workers = 2,
+    workers: Workers = 4,
 ) -> int:
     """Write each tensor whole into plain safetensors files, named STATE/NAME.
 

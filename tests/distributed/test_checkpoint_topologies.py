@@ -215,9 +215,7 @@ def save(
         for rank in range(len(pieces))
     ]
     with ThreadPoolExecutor(len(requests)) as pool:
-        calls = [
-            pool.submit(carry_out, *each) for each in zip(requests, values, strict=True)
-        ]
+        calls = [pool.submit(carry_out, *each) for each in zip(requests, values, strict=True)]
         errors = [error for call in calls if (error := call.exception())]
     for error in sorted(errors, key=lambda error: isinstance(error, OSError)):
         raise error
@@ -380,7 +378,9 @@ def test_a_box_that_is_off_by_one_is_refused(tmp_path, topology, by):
                 continue
             wrong = [list(each) for each in ranks]
             wrong[rank][index] = (key, shifted(box, by))
-            with pytest.raises(ValueError, match=rf"{key[0]} \({key[1]}\).*(overlap|outside|holds)"):
+            with pytest.raises(
+                ValueError, match=rf"{key[0]} \({key[1]}\).*(overlap|outside|holds)"
+            ):
                 assign([[(k, INFOS[k], b) for k, b in each] for each in wrong])
             moved_ones += 1
     assert moved_ones >= 6
@@ -399,7 +399,9 @@ def test_a_box_that_is_off_by_one_while_loading_changes_the_contents(saved, tmp_
 
 
 def test_a_state_that_is_forgotten_is_noticed(saved, tmp_path):
-    ranks = [[part for part in rank if part[0] != ("q", "exp_avg")] for rank in everyone(Topology())]
+    ranks = [
+        [part for part in rank if part[0] != ("q", "exp_avg")] for rank in everyone(Topology())
+    ]
     found = save(tmp_path, ranks, load(saved(Topology(2, 2)), ranks)).contents
     assert set(EXPECTED) - set(found) == {("q", "exp_avg")}
     one = everyone(Topology(2, zero=2))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +28,9 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from hakari.training.checkpoint.dcp import open_container, open_dcp, write_dcp
+from hakari.training.checkpoint.dcp import open_dcp
+from hakari.training.checkpoint.dcp_container import open_container
+from hakari.training.checkpoint.dcp_writing import write_dcp
 from hakari.training.checkpoint.dtypes import as_bits
 from hakari.training.checkpoint.source import WEIGHT
 from tests.distributed.ranks import ranks
@@ -35,7 +40,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 torch.set_num_threads(1)
 FLAT = {flat: StateDictOptions(flatten_optimizer_state_dict=flat) for flat in (True, False)}
-LAYOUTS = {"data": (2, 1), "data and tensor": (2, 2)}  # (data, tensor)
+LAYOUTS = {"data and tensor": (2, 2), "data": (2, 1)}  # (data, tensor), the larger one first
 
 
 class Block(nn.Module):
@@ -108,20 +113,73 @@ def loaded(folder: str, layout: tuple[int, int]) -> list[Any]:
     return found
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
-def run(request, tmp_path_factory):
-    """A folder that FSDP2 saved to, and the tensors in full as the ranks saw them."""
-    layout = LAYOUTS[request.param]
+def everything(folder: str) -> dict[str, tuple[Any, dict[str, list[Any]]]]:
+    """All that processes do, in one go, as starting them takes the longest.
+
+    By layout: the tensors that are saved, and what is loaded from each folder that is written of
+    a save, that of this layout and those of larger ones.
+    """
+    found = {}
+    for name, layout in LAYOUTS.items():
+        if not in_world(prod(layout), folder):
+            break
+        where = f"{folder}/{name}"
+        full = saved(where, layout)
+        if dist.get_rank() == 0:
+            write_dcp(open_dcp(f"{where}/True"), f"{where}/ours")
+        dist.barrier()
+        loads = {each: loaded(f"{folder}/{each}/ours", layout) for each in (*found, name)}
+        found[name] = full, loads
+    return found
+
+
+def in_world(size: int, folder: str) -> bool:
+    """Go on as one of `size` processes. Whether this is one of them."""
+    rank = dist.get_rank()
+    if size < dist.get_world_size() and rank < size:
+        dist.destroy_process_group()
+        meeting = f"file://{folder}/world-of-{size}"
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
+    return rank < size
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder that FSDP2 saved to, and the tensors in full as the ranks saw them.
+
+    loads: by the size of a world, what each rank has after loading `ours`, which is written of it.
+    """
+
+    folder: Path
+    layout: tuple[int, int]
+    full: dict[tuple[str, str], np.ndarray]
+    loads: dict[int, list[Any]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, Run]:
     folder = tmp_path_factory.mktemp("dcp")
-    full = ranks(layout[0] * layout[1], saved, str(folder), layout)
-    for other in full[1:]:
-        assert all(np.array_equal(full[0][key], other[key]) for key in full[0])
-    return folder, layout, full[0]
+    by_rank = ranks(max(map(prod, LAYOUTS.values())), everything, str(folder))
+    found: dict[str, Run] = {}
+    for name, layout in LAYOUTS.items():
+        everyone = [rank[name] for rank in by_rank if name in rank]
+        full = everyone[0][0]
+        for other, _ in everyone[1:]:
+            assert all(np.array_equal(full[key], other[key]) for key in full)
+        found[name] = Run(folder / name, layout, full, {})
+        for each in found:
+            found[each].loads[len(everyone)] = [loads[each] for _, loads in everyone]
+    return found
+
+
+@pytest.fixture(params=LAYOUTS)
+def run(runs, request) -> Run:
+    return runs[request.param]
 
 
 @pytest.mark.parametrize("flat", [True, False])
 def test_shards_are_read_byte_for_byte(run, flat):
-    folder, layout, full = run
+    folder, layout, full = run.folder, run.layout, run.full
     source = open_dcp(folder / str(flat))
     assert set(source.tensors) == set(full)
     for key, expected in full.items():
@@ -133,7 +191,7 @@ def test_shards_are_read_byte_for_byte(run, flat):
 
 
 def test_any_box_of_sharded_tensors_is_read(run):
-    folder, _, full = run
+    folder, full = run.folder, run.full
     source = open_dcp(folder / "True")
     chance = np.random.default_rng(4)
     for key in (("up.weight", WEIGHT), ("down.weight", "exp_avg"), ("down.bias", "exp_avg_sq")):
@@ -145,7 +203,7 @@ def test_any_box_of_sharded_tensors_is_read(run):
 
 
 def test_sharded_safetensors_are_read_byte_for_byte(run):
-    folder, _, full = run
+    folder, full = run.folder, run.full
     source = open_dcp(folder / "safetensors")
     for key in source.tensors:
         assert np.array_equal(source.array(key), full[key]), key
@@ -153,28 +211,27 @@ def test_sharded_safetensors_are_read_byte_for_byte(run):
 
 
 def test_a_lost_file_of_a_rank_is_noticed(run, tmp_path):
-    folder, _, _ = run
-    for file in (folder / "True").iterdir():
+    for file in (run.folder / "True").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "__1_0.distcp").unlink()
     with pytest.raises(FileNotFoundError, match=r"__1_0\.distcp is missing; it holds \S+ \["):
         open_dcp(tmp_path)
 
 
-def test_fsdp_loads_what_is_written_from_its_own_save(run, tmp_path):
-    folder, layout, full = run
-    write_dcp(open_dcp(folder / "True"), tmp_path / "ours")
-    sizes = {layout, (2, 1)}
-    for size in sizes:
-        for rank in ranks(size[0] * size[1], loaded, str(tmp_path / "ours"), size):
-            for found, rate in rank:
-                assert rate == 0.01
-                assert set(found) == set(full)
-                assert all(np.array_equal(found[key], full[key]) for key in full)
+def test_fsdp_loads_what_is_written_from_its_own_save(run):
+    """On as many processes, and on fewer."""
+    sizes = {prod(run.layout), 2}
+    assert {size: len(everyone) for size, everyone in run.loads.items()} == {n: n for n in sizes}
+    for rank in (rank for everyone in run.loads.values() for rank in everyone):
+        assert len(rank) == len(FLAT)
+        for found, rate in rank:
+            assert rate == 0.01
+            assert set(found) == set(run.full)
+            assert all(np.array_equal(found[key], run.full[key]) for key in run.full)
 
 
 def test_what_is_written_has_one_process_load_it(run, tmp_path):
-    folder, _, full = run
+    folder, full = run.folder, run.full
     write_dcp(open_dcp(folder / "False"), tmp_path / "ours")
     tree = {
         "model": {

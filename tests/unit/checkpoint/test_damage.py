@@ -62,18 +62,18 @@ def test_a_flipped_bit_is_found_in_every_byte_of_a_checkpoint(folder):
         whole_one = path.read_bytes()
         for at in range(len(whole_one)):
             flipped(path, at, chance.randrange(8))
-            target = tiny(0.0)
+            target, error = tiny(0.0), None
             try:
-                loaded = checkpoint.load(folder, None, pieces=target, workers=1)
+                checkpoint.load(folder, None, pieces=target, workers=1)
+            except ValueError as failure:
+                error, found = failure, found + 1
+            if error is None:
                 assert path.name == "LATEST"
-                assert loaded.step == 3
                 assert torch.equal(target[0].tensor, tiny(1.5)[0].tensor)
-            except ValueError as error:
-                found += 1
-                if path.suffix == ".safetensors":
-                    assert isinstance(error, DamageError)
-                    assert "a (weight)" in str(error)
-                    assert path.name in str(error)
+            elif path.suffix == ".safetensors":
+                assert isinstance(error, DamageError)
+                assert "a (weight)" in str(error)
+                assert path.name in str(error)
             path.write_bytes(whole_one)
         assert checkpoint.load(folder, None, pieces=tiny(0.0)).verified == 1
     assert found >= sum(path.stat().st_size for path in files_of(folder)) - 2
@@ -123,7 +123,8 @@ def test_a_file_of_another_size_is_refused_before_anything_is_read(folder, size)
     path.write_bytes(data[:size] if size < len(data) else data + b"x")
     target = pieces(-1)
     with pytest.raises(
-        DamageError, match=rf"{path.name} has [\d,]+ bytes instead of {len(data):,}; it holds .* more"
+        DamageError,
+        match=rf"{path.name} has [\d,]+ bytes instead of {len(data):,}; it holds .* more",
     ):
         checkpoint.load(folder, None, pieces=target)
     expected = pieces(-1)
@@ -133,7 +134,9 @@ def test_a_file_of_another_size_is_refused_before_anything_is_read(folder, size)
 def test_a_file_that_is_missing_is_named_with_what_it_held(folder):
     path = next(save(folder, 2).glob("data/*"))
     path.unlink()
-    with pytest.raises(DamageError, match=rf"{path.name} is missing instead of .*it holds embed \("):
+    with pytest.raises(
+        DamageError, match=rf"{path.name} is missing instead of .*it holds embed \("
+    ):
         checkpoint.load(folder, None, pieces=pieces(-1))
     with pytest.raises(DamageError, match="is missing"):
         checkpoint.open_checkpoint(folder)
@@ -176,7 +179,7 @@ def test_without_its_manifest_it_is_damaged_and_without_commit_it_is_not_there(f
     save(folder, 1)
     new = save(folder, 2)
     (new / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="manifest.json is missing"):
+    with pytest.raises(ValueError, match=r"manifest\.json is missing"):
         checkpoint.load(folder, None, pieces=pieces(-1))
     (new / "COMMIT").unlink()
     message = r"LATEST names 'step-00000002'.*to go on from step-00000001, remove LATEST"
@@ -215,7 +218,9 @@ def adam(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
 def lose(step: Path, state: str, way: str) -> None:
     """All files of a state."""
     found = open_stored(step).manifest
-    for name in {p.file for key, parts in found.fragments.items() for p in parts if key[1] == state}:
+    for name in {
+        p.file for key, parts in found.fragments.items() for p in parts if key[1] == state
+    }:
         if way == "missing":
             (step / name).unlink()
         elif way == "short":

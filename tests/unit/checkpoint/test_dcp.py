@@ -23,9 +23,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from hakari.training.checkpoint import dcp as ours
-from hakari.training.checkpoint.dcp import open_container, open_dcp, write_dcp
+from hakari.training.checkpoint import dcp_writing
+from hakari.training.checkpoint.dcp import open_dcp
+from hakari.training.checkpoint.dcp_container import open_container
+from hakari.training.checkpoint.dcp_writing import write_dcp
 from hakari.training.checkpoint.dtypes import TORCH, as_bits, as_tensor, name_of
 from hakari.training.checkpoint.source import WEIGHT, Group, Info, Source
+from hakari.training.checkpoint.storage import open_folder
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"
@@ -163,13 +167,13 @@ def test_a_transposed_tensor_lies_by_columns_and_is_read_by_rows(tmp_path):
 def test_opening_reads_no_tensor(tmp_path, monkeypatch):
     save({"model": {"big": torch.zeros(2**18)}}, tmp_path)
     read = []
-    real = ours.open_folder(tmp_path).__class__.read
+    real = type(open_folder(tmp_path)).read
 
     def counted(folder: Any, name: str, offset: int, out: memoryview) -> None:
         read.append(out.nbytes)
         real(folder, name, offset, out)
 
-    monkeypatch.setattr(type(ours.open_folder(tmp_path)), "read", counted)
+    monkeypatch.setattr(type(open_folder(tmp_path)), "read", counted)
     source = open_dcp(tmp_path)
     opened = sum(read)
     assert opened == (tmp_path / ".metadata").stat().st_size
@@ -394,8 +398,8 @@ def test_names_above_weights_and_states_can_be_chosen(tmp_path):
 
 @pytest.mark.parametrize("item", [64, 1000])
 def test_large_tensors_are_several_items_in_several_files(tmp_path, monkeypatch, item):
-    monkeypatch.setattr(ours, "ITEM", item)
-    monkeypatch.setattr(ours, "FILE", 5000)
+    monkeypatch.setattr(dcp_writing, "ITEM", item)
+    monkeypatch.setattr(dcp_writing, "FILE", 5000)
     tensor = torch.randn(30, 5, 7)
     told: list[int] = []
     write_dcp(in_memory({("w", WEIGHT): tensor}), tmp_path, budget=256, progress=told.append)

@@ -6,9 +6,11 @@ which needs DeepSpeed.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,14 @@ import pytest
 import torch
 
 from hakari.training.checkpoint.deepspeed import open_deepspeed
-from hakari.training.checkpoint.deepspeed_files import load, open_save, row_major, tensors_of
+from hakari.training.checkpoint.deepspeed_files import open_save, row_major, tensors_of
 from hakari.training.checkpoint.deepspeed_plan import make_plan, sub_groups
 from hakari.training.checkpoint.deepspeed_universal import open_universal
 from hakari.training.checkpoint.deepspeed_write import write_universal, write_zero
 from hakari.training.checkpoint.dtypes import NAMES, as_bits, as_tensor
 from hakari.training.checkpoint.source import Group, Info, Source
 from hakari.training.checkpoint.storage import open_folder
-from hakari.training.checkpoint.torch_files import Stored
+from hakari.training.checkpoint.torch_values import Record, Stored, load
 from tests.unit.checkpoint.deepspeed_cases import (
     FIXTURES,
     TAG,
@@ -344,9 +346,47 @@ def test_the_loss_scaler_of_fp16_comes_from_the_source_or_a_template(tmp_path: P
     none = {**dynamic, "optimizer": {}}
     with pytest.raises(ValueError, match="ZeRO-3 in fp16 needs the loss scaler's state"):
         write_zero(replace(source, extra=none), tmp_path / "b", stage=3)
-    foreign = {**dynamic, "optimizer": {"loss_scaler": {"class": "os.system", "args": ["true"]}}}
-    with pytest.raises(ValueError, match=r"record of 'os\.system', which is not written"):
-        write_zero(replace(source, extra=foreign), tmp_path / "c")
+
+
+@pytest.mark.parametrize("write", [write_zero, write_universal])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "os.system",
+        "argparse.Namespace",  # of which records are written, but elsewhere
+        "deepspeed.utils.tensor_fragment.fragment_address",
+        "deepspeed.runtime.fp16.loss_scaler.LossScaler.evil",
+        ["os.system"],
+    ],
+)
+def test_a_loss_scaler_of_another_class_is_not_written(
+    name: Any, write: Callable[..., None], tmp_path: Path
+) -> None:
+    source = open_deepspeed(FIXTURES / "zero1-fp32")
+    optimizer = {"loss_scaler": {"class": name, "args": ["true"]}}
+    foreign = replace(source, extra={**source.extra, "optimizer": optimizer})
+    message = rf"loss_scaler is of .{re.escape(str(name)[:9])}.*, not one of DeepSpeed's \("
+    with pytest.raises(ValueError, match=message):
+        write(foreign, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_loss_scaler_that_a_file_names_is_not_copied(tmp_path: Path) -> None:
+    """Of the class that the file calls it, and of one that its state calls itself."""
+    save, name = copy_of("zero1-fp32", tmp_path), "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    namespace = Record("argparse.Namespace", (), {"lr": 1.0})
+    disguised = Record("deepspeed.runtime.fp16.loss_scaler.LossScaler", (), {"class": "os.system"})
+    for scaler, said in ((namespace, "argparse.Namespace"), (disguised, "os.system")):
+        rewrite(save / TAG, name, partial(scaled_by, scaler))
+        source = open_deepspeed(save)
+        assert source.extra["optimizer"]["loss_scaler"]["class"] == said
+        with pytest.raises(ValueError, match=rf"loss_scaler is of '{re.escape(said)}'"):
+            write_zero(source, tmp_path / said)
+
+
+def scaled_by(scaler: Record, tree: Any) -> Any:
+    state = tree["optimizer_state_dict"]
+    return {**tree, "optimizer_state_dict": {**state, "loss_scaler": scaler}}
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -5,6 +5,9 @@ only what was flushed: a file's bytes once the file was, a name once its folder 
 not may be lost or kept, in any combination. (universal-checkpoints.md B4.5)
 """
 
+# system calls, as `storage` makes them:
+# ruff: noqa: PTH102, PTH104, PTH106, PTH108, PTH119, PTH120
+
 from __future__ import annotations
 
 import os
@@ -209,7 +212,10 @@ def save(root: str, step: int, world: int = 1) -> None:
         found, tree = pieces(step), {"step": step}
         checkpoint.save(root, None, extra_state=tree, pieces=found, step=step, keep=1)
         return
-    everyone = [saving._collect(None, None, pieces(step, r, world), {"step": step}, None) for r in range(world)]
+    everyone = [
+        saving._collect(None, None, pieces(step, r, world), {"step": step}, None)
+        for r in range(world)
+    ]
     held = [[(piece.key, piece.info, piece.box) for piece in mine] for mine, _ in everyone]
     shares = assign(held)
     requests = [
@@ -226,7 +232,9 @@ def save(root: str, step: int, world: int = 1) -> None:
             call.result()
 
 
-def recording(base: Path, world: int, changes: Callable[[ExitStack], None] = lambda _: None) -> Recorder:
+def recording(
+    base: Path, world: int, changes: Callable[[ExitStack], None] = lambda _: None
+) -> Recorder:
     """Two saves into a folder that was not there; each mark is when one was acknowledged."""
     base.mkdir()
     with ExitStack() as stack:
@@ -384,8 +392,6 @@ def latest_in_place(stack: ExitStack) -> None:
         storage._sync_folder(self.where)
 
     stack.enter_context(patch.object(storage.LocalFolder, "write", write))
-
-
 
 
 MUTANTS = [

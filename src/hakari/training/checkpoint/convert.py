@@ -30,8 +30,8 @@ from hakari.training.checkpoint.source import Info, Key, Source
 from hakari.training.checkpoint.storage import Folder, Location, open_folder, small
 from hakari.training.checkpoint.stored import EXTRA
 
-FILE = 2**29
-"""Bytes of data in a file: 512 MiB, so that there is work for several workers."""
+FILE, LEAST = 2**30, 2**26
+"""Bytes of data in a file: 1 GiB at most, and less where that leaves work for several workers."""
 
 Progress = Callable[[int], None] | None
 
@@ -50,7 +50,7 @@ def convert(
     where: Location,
     *,
     budget: int = 2**29,
-    workers: int = 2,
+    workers: int = 4,
     fingerprint: str = "",
     progress: Progress = None,
 ) -> str:
@@ -82,7 +82,7 @@ def export_atoms(
     *,
     layout: Literal["grouped", "one-file-per-parameter"] = "grouped",
     budget: int = 2**29,
-    workers: int = 2,
+    workers: int = 4,
     progress: Progress = None,
 ) -> list[str]:
     """Write each tensor whole, as plain safetensors named STATE/NAME; returns the files.
@@ -94,7 +94,7 @@ def export_atoms(
     folder = empty_folder(where)
     keys = sorted(source.tensors)
     if layout == "grouped":
-        runs = split([source.tensors[key].bytes for key in keys], FILE)
+        runs = _runs(source, keys)
         named_runs = ((f"atoms-{n:05d}.safetensors", run) for n, run in enumerate(runs))
         groups = {name: [keys[i] for i in run] for name, run in named_runs}
     else:
@@ -174,7 +174,7 @@ def _write_all(
     workers: int,
     progress: Progress,
 ) -> list[Done]:
-    runs = list(split([source.tensors[key].bytes for key in keys], FILE))
+    runs = _runs(source, keys)
     step = max(2**20, budget // (2 * workers))
 
     def write(number: int) -> Done:
@@ -193,6 +193,12 @@ def _write_all(
     for number in range(len(runs)):
         folder.remove(f"done-{number:05d}.json")
     return done
+
+
+def _runs(source: Source, keys: Sequence[Key]) -> list[list[int]]:
+    """Which tensors go into one file; the same whatever the number of workers."""
+    sizes = [source.tensors[key].bytes for key in keys]
+    return list(split(sizes, min(FILE, max(LEAST, sum(sizes) // 32))))
 
 
 def _write_one(

@@ -11,7 +11,7 @@ from hakari.training.checkpoint.boxes import extents, flat_range, volume
 from hakari.training.checkpoint.deepspeed_parts import Span
 from hakari.training.checkpoint.dtypes import TORCH, as_bits, as_tensor, bits
 from hakari.training.checkpoint.source import Key, Source
-from hakari.training.checkpoint.torch_files import Lazy
+from hakari.training.checkpoint.torch_writing import Lazy
 
 WIDENED = {("BF16", "F32"), ("F16", "F32")}
 

@@ -15,12 +15,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import numpy as np
-import torch
-
-from hakari.training.checkpoint.dtypes import BYTES, as_tensor, bits
 from hakari.training.checkpoint.storage import Folder, Location, open_folder, small
-from hakari.training.checkpoint.torch_files import Record, Stored, read_torch
+from hakari.training.checkpoint.torch_files import read_torch
+from hakari.training.checkpoint.torch_values import Record, Stored
 
 INERT = ("deepspeed.*", "megatron.*")
 MODEL = re.compile(r"(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt")
@@ -31,8 +28,6 @@ REFUSED = {
     r"(layer_\d+_)?expert_\d+_mp_rank_.*|expp_rank_.*": "experts (MoE) in files of their own",
     r"offloaded_tensors": "optimizer states that were offloaded to NVMe",
 }
-MOST_EXTRA = 2**28
-"""Bytes of a tensor among the client's values: 256 MiB."""
 
 
 @dataclass(frozen=True)
@@ -178,53 +173,6 @@ def world(rank: Rank) -> tuple[int, int]:
         if not isinstance(size, int) or not 0 < size < 2**20:
             raise ValueError(f"{rank.file}: {name} is {size!r}, not a number of processes")
     return sizes
-
-
-def plain(folder: Folder, value: Any) -> Any:
-    """A tree of plain values and tensors: records become dictionaries, tensors are read."""
-    if value is None or isinstance(value, bool | int | float | str | bytes):
-        return value
-    if isinstance(value, Stored):
-        return load(folder, value)
-    if isinstance(value, Record):
-        return _plain_record(folder, value)
-    if isinstance(value, Mapping):
-        return {key: plain(folder, item) for key, item in value.items()}
-    if isinstance(value, set | frozenset):
-        return sorted((plain(folder, item) for item in value), key=repr)
-    if isinstance(value, torch.Size):
-        return list(value)
-    if isinstance(value, list | tuple):
-        return type(value)(plain(folder, item) for item in value)
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        return value
-    if hasattr(value, "__dict__"):
-        return plain(folder, vars(value))
-    return str(value)
-
-
-def _plain_record(folder: Folder, record: Record) -> dict[str, Any]:
-    known = {"class": record.name, "args": list(record.args or ()), "items": record.items}
-    state = record.state if isinstance(record.state, Mapping) else {"state": record.state}
-    found = {**{key: value for key, value in known.items() if value}, **state}
-    return {str(key): plain(folder, value) for key, value in found.items() if value is not None}
-
-
-def load(folder: Folder, stored: Stored) -> torch.Tensor:
-    """A small tensor's values."""
-    span = 1 + sum((n - 1) * s for n, s in zip(stored.shape, stored.strides, strict=True))
-    span = span if prod(stored.shape) else 0
-    if span * BYTES[stored.dtype] > MOST_EXTRA:
-        raise ValueError(
-            f"{folder.where}/{stored.file}: a tensor of {span * BYTES[stored.dtype]:,} bytes lies "
-            f"among the client's values, over the limit of {MOST_EXTRA:,}"
-        )
-    raw = bytearray(span * BYTES[stored.dtype])
-    folder.read(stored.file, stored.offset, memoryview(raw))
-    flat = as_tensor(np.frombuffer(raw, bits(stored.dtype)), stored.dtype)
-    return flat.as_strided(tuple(stored.shape), tuple(stored.strides)).clone()
 
 
 def row_major(stored: Any, what: str) -> Stored:

@@ -7,11 +7,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hakari.training.checkpoint.deepspeed_files import Rank, numel, plain, row_major
+from hakari.training.checkpoint.deepspeed_files import Rank, numel, row_major
 from hakari.training.checkpoint.deepspeed_parts import Parts, place_whole
 from hakari.training.checkpoint.source import WEIGHT, Group
 from hakari.training.checkpoint.storage import Folder
-from hakari.training.checkpoint.torch_files import Stored
+from hakari.training.checkpoint.torch_values import Stored, plain
 
 STATE, SHARDED = "optimizer_state_dict", ("module", "optimizer", "buffer_names", "param_shapes")
 FROM_MODULE = ("frozen_param_shapes", "frozen_param_fragments", "shared_params", "lr_scheduler")

@@ -11,11 +11,11 @@ import numpy as np
 
 from hakari.training.checkpoint import fragments
 from hakari.training.checkpoint.boxes import Box, extents, flat_range, flaw, volume, whole
-from hakari.training.checkpoint.deepspeed_files import load, numel, row_major
+from hakari.training.checkpoint.deepspeed_files import numel, row_major
 from hakari.training.checkpoint.dtypes import BYTES, bits
 from hakari.training.checkpoint.source import Group, Info, Key, Source
 from hakari.training.checkpoint.storage import Folder
-from hakari.training.checkpoint.torch_files import Stored
+from hakari.training.checkpoint.torch_values import Stored, load
 
 EXACT = 2**24
 """Whole numbers up to here are exact as 32-bit floats."""

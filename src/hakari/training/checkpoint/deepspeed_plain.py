@@ -18,7 +18,7 @@ from hakari.training.checkpoint.deepspeed_parts import (
 )
 from hakari.training.checkpoint.deepspeed_zero import flat_spans
 from hakari.training.checkpoint.source import WEIGHT, Group
-from hakari.training.checkpoint.torch_files import Stored
+from hakari.training.checkpoint.torch_values import Stored
 
 
 def whole_groups(

@@ -12,7 +12,7 @@ from hakari.training.checkpoint.deepspeed_model import STATE, extra, options, sh
 from hakari.training.checkpoint.deepspeed_zero import in_order, round_robin
 from hakari.training.checkpoint.source import WEIGHT, Group, Source
 from hakari.training.checkpoint.storage import Location
-from hakari.training.checkpoint.torch_files import Record
+from hakari.training.checkpoint.torch_values import Record
 
 VERSION = "0.19.0"
 """Release whose layout is written; it is put into files of a source that names none."""
@@ -20,6 +20,7 @@ SUB_GROUP = 10**9
 """DeepSpeed's default of sub_group_size, in elements of one rank."""
 ADDRESS = "deepspeed.utils.tensor_fragment.fragment_address"
 SCALER = "deepspeed.runtime.fp16.loss_scaler.LossScaler"
+SCALERS = (SCALER, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler")
 CONSTANT = Record(SCALER, (), {"cur_scale": 1.0, "dynamic": False})
 """The loss scaler of runs in fp32 and bf16."""
 
@@ -231,14 +232,21 @@ def _precision(plan: Plan) -> str:
 
 
 def _scaler(plan: Plan) -> Record | None:
-    """The loss scaler as DeepSpeed pickles it, where one is known."""
+    """The loss scaler as DeepSpeed pickles it, where one is known.
+
+    Raises ValueError for another class: the file that it was read from can name any.
+    """
     saved = plan.optimizer.get("loss_scaler")
-    if isinstance(saved, Mapping) and "class" in saved:
-        state = {
-            key: value for key, value in saved.items() if key not in ("class", "args", "items")
-        }
-        return Record(saved["class"], tuple(saved.get("args") or ()), state)
-    return None
+    if not isinstance(saved, Mapping) or "class" not in saved:
+        return None
+    if saved["class"] not in SCALERS:
+        raise ValueError(
+            f"the optimizer's loss_scaler is of {str(saved['class'])[:120]!r}, which who loads the "
+            f"files would execute, not one of DeepSpeed's ({', '.join(SCALERS)}): leave it out of "
+            "the source's extra['optimizer']"
+        )
+    state = {key: value for key, value in saved.items() if key not in ("class", "args", "items")}
+    return Record(saved["class"], tuple(saved.get("args") or ()), state)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

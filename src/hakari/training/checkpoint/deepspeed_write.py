@@ -20,7 +20,7 @@ from hakari.training.checkpoint.deepspeed_trees import (
 )
 from hakari.training.checkpoint.source import WEIGHT, Source
 from hakari.training.checkpoint.storage import Folder, Location, open_folder
-from hakari.training.checkpoint.torch_files import write_torch
+from hakari.training.checkpoint.torch_writing import write_torch
 
 Progress = Callable[[int], None] | None
 

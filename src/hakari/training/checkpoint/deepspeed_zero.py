@@ -15,7 +15,7 @@ from hakari.training.checkpoint.deepspeed_files import Rank, Slice, numel, row_m
 from hakari.training.checkpoint.deepspeed_model import STATE, options, shapes
 from hakari.training.checkpoint.deepspeed_parts import Parts, Span, place, place_states
 from hakari.training.checkpoint.source import WEIGHT, Group
-from hakari.training.checkpoint.torch_files import Record, Stored
+from hakari.training.checkpoint.torch_values import Record, Stored
 
 
 def flat(parts: Parts, part: Slice) -> tuple[Group, ...]:

@@ -111,7 +111,7 @@ def write_any(
     target: Target,
     *,
     budget: int = 2**29,
-    workers: int = 2,
+    workers: int = 4,
     fingerprint: str = "",
     progress: Progress = None,
 ) -> str:
@@ -134,7 +134,7 @@ def write_any(
     elif form in ("deepspeed", "deepspeed-universal"):
         _write_deepspeed(source, where, target, budget, progress)
     elif form == "dcp":
-        from hakari.training.checkpoint.dcp import write_dcp
+        from hakari.training.checkpoint.dcp_writing import write_dcp
 
         write_dcp(source, where, budget=budget, progress=progress)
     elif form == "megatron":

@@ -89,7 +89,7 @@ def write_hugging_face(
     config: Location | None = None,
     dtype: str | None = None,
     budget: int = 2**29,
-    workers: int = 2,
+    workers: int = 4,
     shard_bytes: int = 5 * 10**9,
     progress: Progress = None,
 ) -> None:

@@ -27,11 +27,14 @@ from torch import Tensor
 
 from hakari.training.checkpoint.assembly import apply, invert
 from hakari.training.checkpoint.boxes import Box
-from hakari.training.checkpoint.dcp import Container, open_container, write_dcp
+from hakari.training.checkpoint.dcp_container import Container, open_container
+from hakari.training.checkpoint.dcp_writing import write_dcp
 from hakari.training.checkpoint.rules import Program
 from hakari.training.checkpoint.source import WEIGHT, Group, Info, Key, Source
 from hakari.training.checkpoint.storage import Folder, Location, open_folder, small
-from hakari.training.checkpoint.torch_files import Record, plain, read_torch, write_torch
+from hakari.training.checkpoint.torch_files import read_torch
+from hakari.training.checkpoint.torch_values import Record, plain
+from hakari.training.checkpoint.torch_writing import write_torch
 
 CONTAINER, COMMON = "metadata.json", "common.pt"
 BACKEND = {
