@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from contextlib import ExitStack, contextmanager
@@ -148,7 +147,7 @@ def objects(folder: str) -> None:
     """Several processes and a store that has no rename."""
     from fsspec.implementations.local import LocalFileSystem
 
-    from hakari.training.checkpoint import storage
+    from hakari.training.checkpoint import commit, retention, storage
 
     class Store(LocalFileSystem):
         """Small objects appear whole, as in a real store."""
@@ -165,8 +164,7 @@ def objects(folder: str) -> None:
 
     rank, root = dist.get_rank(), f"bucket:/{folder}/bucket"
     with ExitStack() as stack:
-        for name in ("commit", "saving", "latest"):  # the package's `latest` is a function
-            module = sys.modules[f"hakari.training.checkpoint.{name}"]
+        for module in (commit, saving, retention):
             stack.enter_context(patch.object(module, "open_folder", opened))
         for step in (1, 2, 3):
             held = faults.pieces(step, rank, 2)

@@ -25,11 +25,12 @@ from hakari.training.checkpoint.assign import assign
 from hakari.training.checkpoint.boxes import Box, extents, flat_range, moved, volume, whole, within
 from hakari.training.checkpoint.commit import Request, carry_out
 from hakari.training.checkpoint.content import content, hexadecimal
-from hakari.training.checkpoint.dtypes import as_bits, bits
+from hakari.training.checkpoint.dtypes import bits
 from hakari.training.checkpoint.manifest import Manifest
 from hakari.training.checkpoint.pieces import flat_pieces
 from hakari.training.checkpoint.source import WEIGHT, Info, Key
 from hakari.training.checkpoint.stored import open_stored, read_all
+from hakari.training.checkpoint.tensors import as_bits
 
 # --- the logical model ----------------------------------------------------------------------
 

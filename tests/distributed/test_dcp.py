@@ -28,11 +28,11 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from hakari.training.checkpoint.dcp import open_dcp
-from hakari.training.checkpoint.dcp_container import open_container
-from hakari.training.checkpoint.dcp_writing import write_dcp
-from hakari.training.checkpoint.dtypes import as_bits
+from hakari.training.checkpoint.foreign.dcp import open_dcp
+from hakari.training.checkpoint.foreign.dcp_container import open_container
+from hakari.training.checkpoint.foreign.dcp_writing import write_dcp
 from hakari.training.checkpoint.source import WEIGHT
+from hakari.training.checkpoint.tensors import as_bits
 from tests.distributed.ranks import ranks
 
 pytestmark = pytest.mark.filterwarnings(

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from hakari.training.checkpoint.deepspeed_files import tensors_of
+from hakari.training.checkpoint.foreign.deepspeed_files import tensors_of
+from hakari.training.checkpoint.foreign.torch_values import Stored, load
+from hakari.training.checkpoint.foreign.torch_writing import WRITTEN, write_torch
 from hakari.training.checkpoint.source import Source
 from hakari.training.checkpoint.storage import open_folder
-from hakari.training.checkpoint.torch_values import Stored, load
-from hakari.training.checkpoint.torch_writing import WRITTEN, write_torch
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "deepspeed"
 CASES = sorted(path.name for path in FIXTURES.iterdir() if (path / "latest").exists())

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hakari.training.checkpoint import content as module
 from hakari.training.checkpoint.boxes import extents, flat_range, whole, within
 from hakari.training.checkpoint.content import content, hexadecimal
-from hakari.training.checkpoint.dtypes import as_bits
+from hakari.training.checkpoint.tensors import as_bits
 from tests.unit.checkpoint.test_boxes import tilings
 
 MASK = 2**64 - 1

@@ -19,13 +19,13 @@ from torch import nn
 
 from hakari.training import checkpoint
 from hakari.training.checkpoint import convert, export_atoms, open_checkpoint
-from hakari.training.checkpoint.dtypes import TORCH, as_bits
 from hakari.training.checkpoint.source import Info, Source
 from hakari.training.checkpoint.storage import LocalFolder
 from hakari.training.checkpoint.stored import open_stored
+from hakari.training.checkpoint.tensors import TORCH, as_bits
 from tests.distributed.faults import in_memory, pieces, values
 
-module = sys.modules["hakari.training.checkpoint.convert"]
+module = sys.modules["hakari.training.checkpoint.conversion"]
 
 
 @pytest.fixture

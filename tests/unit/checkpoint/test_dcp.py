@@ -22,14 +22,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from hakari.training.checkpoint import dcp as ours
-from hakari.training.checkpoint import dcp_writing
-from hakari.training.checkpoint.dcp import open_dcp
-from hakari.training.checkpoint.dcp_container import open_container
-from hakari.training.checkpoint.dcp_writing import write_dcp
-from hakari.training.checkpoint.dtypes import TORCH, as_bits, as_tensor, name_of
+from hakari.training.checkpoint.foreign import dcp as ours
+from hakari.training.checkpoint.foreign import dcp_writing
+from hakari.training.checkpoint.foreign.dcp import open_dcp
+from hakari.training.checkpoint.foreign.dcp_container import open_container
+from hakari.training.checkpoint.foreign.dcp_writing import write_dcp
 from hakari.training.checkpoint.source import WEIGHT, Group, Info, Source
 from hakari.training.checkpoint.storage import open_folder
+from hakari.training.checkpoint.tensors import TORCH, as_bits, as_tensor, name_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"

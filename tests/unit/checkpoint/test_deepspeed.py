@@ -11,12 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from hakari.training.checkpoint.deepspeed import open_deepspeed, open_slices
-from hakari.training.checkpoint.deepspeed_files import open_save
-from hakari.training.checkpoint.deepspeed_universal import open_universal
-from hakari.training.checkpoint.deepspeed_zero import dealt, flat_spans, in_order, partition_spans
-from hakari.training.checkpoint.dtypes import NAMES, as_bits
+from hakari.training.checkpoint.foreign.deepspeed import open_deepspeed, open_slices
+from hakari.training.checkpoint.foreign.deepspeed_files import open_save
+from hakari.training.checkpoint.foreign.deepspeed_universal import open_universal
+from hakari.training.checkpoint.foreign.deepspeed_zero import (
+    dealt,
+    flat_spans,
+    in_order,
+    partition_spans,
+)
 from hakari.training.checkpoint.source import Info
+from hakari.training.checkpoint.tensors import NAMES, as_bits
 from tests.unit.checkpoint.deepspeed_cases import (
     CASES,
     FIXTURES,

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from hakari.training.checkpoint.deepspeed import open_deepspeed
-from hakari.training.checkpoint.deepspeed_files import tensors_of
+from hakari.training.checkpoint.foreign.deepspeed import open_deepspeed
+from hakari.training.checkpoint.foreign.deepspeed_files import tensors_of
+from hakari.training.checkpoint.foreign.torch_writing import write_torch
 from hakari.training.checkpoint.storage import open_folder
-from hakari.training.checkpoint.torch_writing import write_torch
 from tests.unit.checkpoint.deepspeed_cases import (
     FIXTURES,
     RECORDS,

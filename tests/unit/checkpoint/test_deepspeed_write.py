@@ -18,15 +18,15 @@ import numpy as np
 import pytest
 import torch
 
-from hakari.training.checkpoint.deepspeed import open_deepspeed
-from hakari.training.checkpoint.deepspeed_files import open_save, row_major, tensors_of
-from hakari.training.checkpoint.deepspeed_plan import make_plan, sub_groups
-from hakari.training.checkpoint.deepspeed_universal import open_universal
-from hakari.training.checkpoint.deepspeed_write import write_universal, write_zero
-from hakari.training.checkpoint.dtypes import NAMES, as_bits, as_tensor
+from hakari.training.checkpoint.foreign.deepspeed import open_deepspeed
+from hakari.training.checkpoint.foreign.deepspeed_files import open_save, row_major, tensors_of
+from hakari.training.checkpoint.foreign.deepspeed_plan import make_plan, sub_groups
+from hakari.training.checkpoint.foreign.deepspeed_universal import open_universal
+from hakari.training.checkpoint.foreign.deepspeed_write import write_universal, write_zero
+from hakari.training.checkpoint.foreign.torch_values import Record, Stored, load
 from hakari.training.checkpoint.source import Group, Info, Source
 from hakari.training.checkpoint.storage import open_folder
-from hakari.training.checkpoint.torch_values import Record, Stored, load
+from hakari.training.checkpoint.tensors import NAMES, as_bits, as_tensor
 from tests.unit.checkpoint.deepspeed_cases import (
     FIXTURES,
     TAG,

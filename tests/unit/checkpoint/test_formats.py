@@ -13,7 +13,6 @@ from torch import nn
 from torch.distributed import checkpoint as dcp
 
 from hakari.training.checkpoint import formats, open_checkpoint, save
-from hakari.training.checkpoint.dtypes import as_tensor
 from hakari.training.checkpoint.formats import (
     FORMATS,
     Target,
@@ -23,6 +22,7 @@ from hakari.training.checkpoint.formats import (
     open_any,
     write_any,
 )
+from hakari.training.checkpoint.tensors import as_tensor
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 ZERO = FIXTURES / "deepspeed"

@@ -11,14 +11,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hakari.training.checkpoint.dtypes import TORCH, as_tensor, name_of
-from hakari.training.checkpoint.hugging_face_folder import (
+from hakari.training.checkpoint.foreign.hugging_face_folder import (
     metadata,
     open_hugging_face,
     write_hugging_face,
 )
 from hakari.training.checkpoint.source import WEIGHT, Info, Source
 from hakari.training.checkpoint.storage import open_folder
+from hakari.training.checkpoint.tensors import TORCH, as_tensor, name_of
 
 INDEX = "model.safetensors.index.json"
 

@@ -16,7 +16,7 @@ from hakari.training.checkpoint.inspection import (
     inspect_root,
     removable,
 )
-from hakari.training.checkpoint.latest import prune
+from hakari.training.checkpoint.retention import prune
 from hakari.training.checkpoint.source import Info
 from hakari.training.checkpoint.storage import open_folder
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hakari.training import checkpoint
-from hakari.training.checkpoint.latest import named, prune
+from hakari.training.checkpoint.retention import named, prune
 from hakari.training.checkpoint.storage import LocalFolder, open_folder
 from tests.distributed.faults import in_memory
 

@@ -20,14 +20,14 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from hakari.training.checkpoint import megatron
-from hakari.training.checkpoint.assembly import apply, invert
 from hakari.training.checkpoint.boxes import whole, within
-from hakari.training.checkpoint.megatron import open_megatron, write_megatron
-from hakari.training.checkpoint.rules import Program, check, shipped
+from hakari.training.checkpoint.foreign import megatron
+from hakari.training.checkpoint.foreign.megatron import open_megatron, write_megatron
+from hakari.training.checkpoint.foreign.torch_files import read_torch
+from hakari.training.checkpoint.language.assembly import apply, invert
+from hakari.training.checkpoint.language.rules import Program, check, shipped
 from hakari.training.checkpoint.source import Group, Info, Source
 from hakari.training.checkpoint.storage import open_folder
-from hakari.training.checkpoint.torch_files import read_torch
 from hakari.training.config import Model
 from hakari.training.model import Transformer
 

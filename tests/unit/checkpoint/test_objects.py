@@ -117,7 +117,7 @@ def test_pruning_keeps_the_last_whole_one(store):
     damaged = open_folder(f"{store}/step-00000003")
     damaged.remove(next(name for name in damaged.names() if name.startswith("data/")))
     save(store, 4)
-    from hakari.training.checkpoint.latest import prune
+    from hakari.training.checkpoint.retention import prune
 
     root = open_folder(store)
     assert prune(root, 2) == ["step-00000001"]

@@ -27,7 +27,7 @@ import pytest
 from hakari.training import checkpoint
 from hakari.training.checkpoint import commit, manifest, saving, storage
 from hakari.training.checkpoint.assign import assign
-from hakari.training.checkpoint.latest import LATEST, named, remove, steps
+from hakari.training.checkpoint.retention import LATEST, named, remove, steps
 from tests.distributed.faults import checked, in_memory, pieces
 
 # --- a disk ---------------------------------------------------------------------------------

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hakari.training import hugging_face
-from hakari.training.checkpoint import rows
-from hakari.training.checkpoint.assembly import apply, invert
 from hakari.training.checkpoint.boxes import whole, within
-from hakari.training.checkpoint.rules import (
+from hakari.training.checkpoint.language import rows
+from hakari.training.checkpoint.language.assembly import apply, invert
+from hakari.training.checkpoint.language.rules import (
     Block,
     Program,
     Rule,

@@ -15,7 +15,7 @@ from zlib_ng.zlib_ng import crc32
 
 from hakari.training.checkpoint import shard_file
 from hakari.training.checkpoint.boxes import extents, flaw, volume, whole, within
-from hakari.training.checkpoint.dtypes import TORCH, as_bits, bits
+from hakari.training.checkpoint.dtypes import bits
 from hakari.training.checkpoint.shard_file import (
     Entry,
     Part,
@@ -26,6 +26,7 @@ from hakari.training.checkpoint.shard_file import (
 )
 from hakari.training.checkpoint.source import Info
 from hakari.training.checkpoint.storage import LocalFolder
+from hakari.training.checkpoint.tensors import TORCH, as_bits
 
 
 def parts():

@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 import torch
 
-from hakari.training.checkpoint import torch_files, torch_writing
-from hakari.training.checkpoint.dtypes import BYTES, TORCH, as_bits, bits
-from hakari.training.checkpoint.pickles import unpickle
+from hakari.training.checkpoint.dtypes import BYTES, bits
+from hakari.training.checkpoint.foreign import torch_files, torch_writing
+from hakari.training.checkpoint.foreign.pickles import unpickle
+from hakari.training.checkpoint.foreign.torch_files import read_torch
+from hakari.training.checkpoint.foreign.torch_values import Record, Stored, load, plain
+from hakari.training.checkpoint.foreign.torch_writing import Lazy, write_torch
 from hakari.training.checkpoint.storage import open_folder
-from hakari.training.checkpoint.torch_files import read_torch
-from hakari.training.checkpoint.torch_values import Record, Stored, load, plain
-from hakari.training.checkpoint.torch_writing import Lazy, write_torch
+from hakari.training.checkpoint.tensors import TORCH, as_bits
 
 
 def values(dtype: str, count: int = 24) -> torch.Tensor:

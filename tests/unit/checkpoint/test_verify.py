@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hakari.training.checkpoint import Piece, convert, load, open_checkpoint, save
-from hakari.training.checkpoint.verify import verify
+from hakari.training.checkpoint.verification import verify
 
 
 def make(folder, step=7):

@@ -24,7 +24,8 @@ from rich.table import Table
 
 from hakari.terminal import INTERRUPTED, terminal, to_json
 from hakari.training.checkpoint import inspection
-from hakari.training.checkpoint.convert import empty_folder, export_atoms
+from hakari.training.checkpoint.conversion import empty_folder, export_atoms
+from hakari.training.checkpoint.foreign.hugging_face_folder import CONFIG
 from hakari.training.checkpoint.formats import (
     ROOT,
     Target,
@@ -33,14 +34,13 @@ from hakari.training.checkpoint.formats import (
     open_any,
     write_any,
 )
-from hakari.training.checkpoint.hugging_face_folder import CONFIG
 from hakari.training.checkpoint.inspection import Difference, Inspection, Root
-from hakari.training.checkpoint.latest import clear_leftovers, named, remove, steps
-from hakari.training.checkpoint.latest import leftovers as leftovers_of
+from hakari.training.checkpoint.retention import clear_leftovers, named, remove, steps
+from hakari.training.checkpoint.retention import leftovers as leftovers_of
 from hakari.training.checkpoint.source import WEIGHT, Info, Source
 from hakari.training.checkpoint.storage import open_folder
-from hakari.training.checkpoint.verify import Report
-from hakari.training.checkpoint.verify import verify as read_all
+from hakari.training.checkpoint.verification import Report
+from hakari.training.checkpoint.verification import verify as read_all
 from hakari.training.interrupt import graceful_stop
 
 SHOWN = 20

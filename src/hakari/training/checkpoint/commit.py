@@ -26,8 +26,8 @@ from hakari.training.checkpoint import manifest as manifests
 from hakari.training.checkpoint.boxes import Box, show, within
 from hakari.training.checkpoint.content import content, hexadecimal
 from hakari.training.checkpoint.fragments import Fragment
-from hakari.training.checkpoint.latest import advance, named, prune
 from hakari.training.checkpoint.manifest import COMMIT, Manifest, Stored
+from hakari.training.checkpoint.retention import advance, named, prune
 from hakari.training.checkpoint.shard_file import Part, write_parts
 from hakari.training.checkpoint.source import Group, Info, Key
 from hakari.training.checkpoint.storage import Folder, open_folder, small

@@ -1,6 +1,6 @@
-"""Names of element types as safetensors writes them, and their widths.
+"""Names of element types as safetensors writes them, and how wide they are.
 
-Nothing here interprets numbers: tensors move as unsigned integers of the same width.
+Nothing here interprets numbers: values move as unsigned integers of the same width.
 """
 
 from __future__ import annotations
@@ -8,29 +8,25 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-TORCH: dict[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "F32": torch.float32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F64": torch.float64,
-    "C64": torch.complex64,
+BYTES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "U16": 2,
+    "I16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "U32": 4,
+    "I32": 4,
+    "F32": 4,
+    "U64": 8,
+    "I64": 8,
+    "F64": 8,
+    "C64": 8,
 }
-NAMES = {dtype: name for name, dtype in TORCH.items()}
-BYTES = {name: dtype.itemsize for name, dtype in TORCH.items()}
 BITS: dict[int, np.dtype[Any]] = {
     1: np.dtype("u1"),
     2: np.dtype("<u2"),
@@ -39,28 +35,6 @@ BITS: dict[int, np.dtype[Any]] = {
 }
 
 
-def name_of(dtype: torch.dtype) -> str:
-    """Name of a torch dtype. Raises ValueError for one that safetensors cannot hold."""
-    if dtype not in NAMES:
-        raise ValueError(f"{dtype} cannot be stored: use one of {', '.join(map(str, NAMES))}")
-    return NAMES[dtype]
-
-
 def bits(name: str) -> np.dtype[Any]:
     """The unsigned integer type that is as wide as the elements."""
     return BITS[BYTES[name]]
-
-
-def as_bits(tensor: Tensor) -> np.ndarray:
-    """A CPU tensor's own memory, as unsigned integers, strides kept; writing changes the tensor."""
-    name = name_of(tensor.dtype)
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    width = BYTES[name]
-    same = tensor.detach() if tensor.dtype == kinds[width] else tensor.detach().view(kinds[width])
-    return same.numpy().view(BITS[width])
-
-
-def as_tensor(array: np.ndarray, name: str) -> Tensor:
-    """The tensor of that type over the memory of a contiguous array of unsigned integers."""
-    kinds = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
-    return torch.from_numpy(array.view(kinds[BYTES[name]])).view(TORCH[name])

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hakari.training.checkpoint.boxes import Box, extents
-from hakari.training.checkpoint.convert import Progress, convert, converted
+from hakari.training.checkpoint.conversion import Progress, convert, converted
 from hakari.training.checkpoint.dtypes import bits
-from hakari.training.checkpoint.hugging_face_folder import (
+from hakari.training.checkpoint.foreign.hugging_face_folder import (
     FLOATS,
     INDEX,
     SINGLE,
@@ -31,14 +31,14 @@ from hakari.training.checkpoint.hugging_face_folder import (
     open_hugging_face,
     write_hugging_face,
 )
-from hakari.training.checkpoint.latest import LATEST, leftovers, located, steps
 from hakari.training.checkpoint.manifest import COMMIT, MANIFEST
+from hakari.training.checkpoint.retention import LATEST, leftovers, located, steps
 from hakari.training.checkpoint.source import WEIGHT, Info, Key, Source
 from hakari.training.checkpoint.storage import Folder, Location, ObjectFolder, open_folder, small
 from hakari.training.checkpoint.stored import open_checkpoint
 
 if TYPE_CHECKING:
-    from hakari.training.checkpoint.rules import Program
+    from hakari.training.checkpoint.language.rules import Program
 
 FORMATS = ("hakari", "hugging-face", "dcp", "megatron", "deepspeed", "deepspeed-universal")
 ROOT = "hakari-root"
@@ -134,7 +134,7 @@ def write_any(
     elif form in ("deepspeed", "deepspeed-universal"):
         _write_deepspeed(source, where, target, budget, progress)
     elif form == "dcp":
-        from hakari.training.checkpoint.dcp_writing import write_dcp
+        from hakari.training.checkpoint.foreign.dcp_writing import write_dcp
 
         write_dcp(source, where, budget=budget, progress=progress)
     elif form == "megatron":
@@ -263,19 +263,19 @@ def _opened(where: Location, form: str, tag: str | None) -> Source:
     if form == "hugging-face":
         return open_hugging_face(where)
     if form == "dcp":
-        from hakari.training.checkpoint.dcp import open_dcp
+        from hakari.training.checkpoint.foreign.dcp import open_dcp
 
         return open_dcp(where)
     if form == "megatron":
-        from hakari.training.checkpoint.megatron import open_megatron
+        from hakari.training.checkpoint.foreign.megatron import open_megatron
 
         return open_megatron(_iteration(where))
     if form == "deepspeed":
-        from hakari.training.checkpoint.deepspeed import open_deepspeed
+        from hakari.training.checkpoint.foreign.deepspeed import open_deepspeed
 
         return open_deepspeed(where, tag)
     if form == "deepspeed-universal":
-        from hakari.training.checkpoint.deepspeed_universal import open_universal
+        from hakari.training.checkpoint.foreign.deepspeed_universal import open_universal
 
         return open_universal(where, tag)
     raise ValueError(f"format {form!r} is none of {', '.join(FORMATS)}")
@@ -296,29 +296,29 @@ def _ruled(
     where: Location, form: str, tag: str | None, rules: str, values: Mapping[str, int], stages: int
 ) -> Source:
     """What rules make of a checkpoint, and of its slices where tensors were split."""
-    from hakari.training.checkpoint.assembly import apply
+    from hakari.training.checkpoint.language.assembly import apply
 
     program = _program(rules, values)
     if form == "megatron":
-        from hakari.training.checkpoint.megatron import open_megatron
+        from hakari.training.checkpoint.foreign.megatron import open_megatron
 
         return open_megatron(_iteration(where), program)
     if form == "deepspeed":
-        from hakari.training.checkpoint.deepspeed import open_slices
+        from hakari.training.checkpoint.foreign.deepspeed import open_slices
 
         return apply(program, open_slices(where, tag, stages))
     return apply(program, {(0, 0, 0): _opened(where, form, tag)})
 
 
 def _inverted(source: Source, rules: str, values: Mapping[str, int]) -> Source:
-    from hakari.training.checkpoint.assembly import invert
+    from hakari.training.checkpoint.language.assembly import invert
 
     return invert(_program(rules, values), source)[0, 0, 0]
 
 
 def _program(rules: str, values: Mapping[str, int]) -> Program:
     """The program in a file, or the one of that name that comes with hakari."""
-    from hakari.training.checkpoint.rules import load_rules, shipped
+    from hakari.training.checkpoint.language.rules import load_rules, shipped
 
     if Path(rules).suffix == ".toml" or Path(rules).is_file():
         return load_rules(rules, values)
@@ -329,7 +329,7 @@ def _write_deepspeed(
     source: Source, where: Location, target: Target, budget: int, progress: Progress
 ) -> None:
     if target.form == "deepspeed":
-        from hakari.training.checkpoint.deepspeed_write import write_zero
+        from hakari.training.checkpoint.foreign.deepspeed_write import write_zero
 
         write_zero(
             source,
@@ -341,7 +341,7 @@ def _write_deepspeed(
             progress=progress,
         )
         return
-    from hakari.training.checkpoint.deepspeed_write import write_universal
+    from hakari.training.checkpoint.foreign.deepspeed_write import write_universal
 
     write_universal(source, where, target.stage, target.config, budget=budget, progress=progress)
 
@@ -351,7 +351,7 @@ def _write_megatron(
 ) -> None:
     if target.rules is None:
         raise ValueError("megatron is written by rules: give some, such as 'megatron-gpt'")
-    from hakari.training.checkpoint.megatron import write_megatron
+    from hakari.training.checkpoint.foreign.megatron import write_megatron
 
     program = _program(target.rules, target.values)
     write_megatron(source, where, program, budget=budget, progress=progress)

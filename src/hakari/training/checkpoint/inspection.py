@@ -16,15 +16,16 @@ from torch import Tensor
 
 from hakari.training.checkpoint import tree
 from hakari.training.checkpoint.boxes import whole
-from hakari.training.checkpoint.convert import Progress
-from hakari.training.checkpoint.dtypes import BYTES, as_bits, as_tensor, name_of
+from hakari.training.checkpoint.conversion import Progress
+from hakari.training.checkpoint.dtypes import BYTES
 from hakari.training.checkpoint.formats import ROOT, detect, open_any
-from hakari.training.checkpoint.latest import latest, leftovers, located, named, steps
 from hakari.training.checkpoint.manifest import COMMIT, check_sizes, read
+from hakari.training.checkpoint.retention import latest, leftovers, located, named, steps
 from hakari.training.checkpoint.shard_file import chunks
 from hakari.training.checkpoint.source import WEIGHT, Group, Info, Key, Source
 from hakari.training.checkpoint.storage import Folder, Location, open_folder
 from hakari.training.checkpoint.stored import EXTRA, open_checkpoint, open_stored
+from hakari.training.checkpoint.tensors import as_bits, as_tensor, name_of
 
 CHUNK = 2**22
 """Bytes of each of two tensors that are compared at once: 4 MiB, or up to 48 MiB as numbers."""

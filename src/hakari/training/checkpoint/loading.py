@@ -16,7 +16,7 @@ from torch import Tensor
 from hakari.training.checkpoint import exchange
 from hakari.training.checkpoint.boxes import Box, flaw, show, whole
 from hakari.training.checkpoint.content import content, hexadecimal
-from hakari.training.checkpoint.dtypes import as_bits, as_tensor, bits
+from hakari.training.checkpoint.dtypes import bits
 from hakari.training.checkpoint.fragments import DamageError
 from hakari.training.checkpoint.manifest import Manifest, check_sizes
 from hakari.training.checkpoint.pieces import Models, Optimizers, Piece, holdings, several
@@ -24,6 +24,7 @@ from hakari.training.checkpoint.source import WEIGHT, Info, Key
 from hakari.training.checkpoint.states import made_states, restore_options
 from hakari.training.checkpoint.storage import Location
 from hakari.training.checkpoint.stored import EXTRA, Stored, extras, open_stored, read_all
+from hakari.training.checkpoint.tensors import as_bits, as_tensor
 
 AT_ONCE = 2**29
 """Bytes that are read before they go on to another device, or to another type: 512 MiB."""

@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Partial, Placement, Shard, _StridedShard
 
 from hakari.training.checkpoint.boxes import Box, flat_range, whole
-from hakari.training.checkpoint.dtypes import name_of
 from hakari.training.checkpoint.source import WEIGHT, Group, Info, Key
+from hakari.training.checkpoint.tensors import name_of
 
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
 HOW = ("foreach", "fused", "capturable", "differentiable")

@@ -20,8 +20,7 @@ from hakari.training.checkpoint import exchange
 from hakari.training.checkpoint.assign import Held, assign
 from hakari.training.checkpoint.boxes import Box, volume
 from hakari.training.checkpoint.commit import Request, SaveError, carry_out
-from hakari.training.checkpoint.dtypes import BYTES, as_bits
-from hakari.training.checkpoint.latest import named
+from hakari.training.checkpoint.dtypes import BYTES
 from hakari.training.checkpoint.manifest import COMMIT
 from hakari.training.checkpoint.pieces import (
     Holdings,
@@ -31,9 +30,11 @@ from hakari.training.checkpoint.pieces import (
     holdings,
     tensor_pieces,
 )
+from hakari.training.checkpoint.retention import named
 from hakari.training.checkpoint.snapshot import Save, Writer, finished, start
 from hakari.training.checkpoint.storage import Location, open_folder
 from hakari.training.checkpoint.stored import EXTRA
+from hakari.training.checkpoint.tensors import as_bits
 from hakari.training.checkpoint.tree import encode
 
 Plan = tuple[tuple[int, Box], ...]

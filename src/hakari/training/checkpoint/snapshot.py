@@ -17,16 +17,14 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hakari.training.checkpoint.boxes import extents
 from hakari.training.checkpoint.commit import Request, SaveError
-from hakari.training.checkpoint.dtypes import BYTES, TORCH
-
-ALIGN = 64
+from hakari.training.checkpoint.tensors import TORCH
+from hakari.training.checkpoint.writer import layout
 
 
 @dataclass
@@ -131,30 +129,6 @@ def start() -> Writer:
     writer = Writer(_process(memory), memory)
     atexit.register(_drain, writer)
     return writer
-
-
-def layout(request: Request) -> tuple[list[int], int]:
-    """Where each piece lies in the shared memory, and how large that is, in bytes."""
-    places, at = [], 0
-    for _, info, box in request.pieces:
-        places.append(at)
-        at += -(-prod(extents(box)) * BYTES[info.dtype] // ALIGN) * ALIGN
-    return places, max(at, ALIGN)
-
-
-def request_from(table: dict[str, Any]) -> Request:
-    """A request as it was before it was sent."""
-    from hakari.training.checkpoint.source import Info
-
-    def box(rows: Any) -> tuple[tuple[int, int], ...]:
-        return tuple((start, stop) for start, stop in rows)
-
-    pieces = tuple(
-        ((name, state), Info(tuple(info["shape"]), info["dtype"]), box(place))
-        for (name, state), info, place in table["pieces"]
-    )
-    mine = tuple((index, box(place)) for index, place in table["mine"])
-    return Request(**{**table, "pieces": pieces, "mine": mine})
 
 
 def _shared_memory() -> int:

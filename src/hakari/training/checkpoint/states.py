@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hakari.training.checkpoint import tree
-from hakari.training.checkpoint.dtypes import TORCH
 from hakari.training.checkpoint.manifest import Manifest
 from hakari.training.checkpoint.pieces import (
     Models,
@@ -22,6 +21,7 @@ from hakari.training.checkpoint.pieces import (
     several,
 )
 from hakari.training.checkpoint.source import WEIGHT, Group, Info
+from hakari.training.checkpoint.tensors import TORCH
 
 
 @contextmanager

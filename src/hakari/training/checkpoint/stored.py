@@ -14,12 +14,13 @@ from zlib_ng.zlib_ng import crc32
 
 from hakari.training.checkpoint import fragments, manifest, tree
 from hakari.training.checkpoint.boxes import Box, whole
-from hakari.training.checkpoint.dtypes import as_tensor, bits
+from hakari.training.checkpoint.dtypes import bits
 from hakari.training.checkpoint.fragments import DamageError
-from hakari.training.checkpoint.latest import located
 from hakari.training.checkpoint.manifest import Manifest
+from hakari.training.checkpoint.retention import located
 from hakari.training.checkpoint.source import Group, Key, Source
 from hakari.training.checkpoint.storage import Folder, Location
+from hakari.training.checkpoint.tensors import as_tensor
 
 EXTRA = "extra"
 """State under which tensors of extra_state and rank_state are kept."""

@@ -2,7 +2,8 @@
 
     python -m hakari.training.checkpoint.writer FILE_DESCRIPTOR_OF_SHARED_MEMORY
 
-If the training process dies, what it had not acknowledged is given up.
+If the training process dies, what it had not acknowledged is given up. Nothing here needs
+torch, so the process is small.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ import os
 import queue
 import sys
 import threading
+from math import prod
 from typing import Any
 
 import numpy as np
 
 from hakari.training.checkpoint.boxes import extents
 from hakari.training.checkpoint.commit import Request, carry_out
-from hakari.training.checkpoint.dtypes import bits
-from hakari.training.checkpoint.snapshot import layout, request_from
+from hakari.training.checkpoint.dtypes import BYTES, bits
+from hakari.training.checkpoint.source import Info
+
+ALIGN = 64
 
 
 def main(memory: int) -> None:
@@ -31,6 +35,29 @@ def main(memory: int) -> None:
     os.nice(5)  # training comes first
     while (line := lines.get()) and line != b"end\n":
         print(json.dumps(_answer(json.loads(line), memory, gone)), flush=True)
+
+
+def layout(request: Request) -> tuple[list[int], int]:
+    """Where each piece lies in the shared memory, and how large that is, in bytes."""
+    places, at = [], 0
+    for _, info, box in request.pieces:
+        places.append(at)
+        at += -(-prod(extents(box)) * BYTES[info.dtype] // ALIGN) * ALIGN
+    return places, max(at, ALIGN)
+
+
+def request_from(table: dict[str, Any]) -> Request:
+    """A request as it was before it was sent."""
+
+    def box(rows: Any) -> tuple[tuple[int, int], ...]:
+        return tuple((start, stop) for start, stop in rows)
+
+    pieces = tuple(
+        ((name, state), Info(tuple(info["shape"]), info["dtype"]), box(place))
+        for (name, state), info, place in table["pieces"]
+    )
+    mine = tuple((index, box(place)) for index, place in table["mine"])
+    return Request(**{**table, "pieces": pieces, "mine": mine})
 
 
 def _listen(lines: queue.Queue[bytes], gone: threading.Event) -> None:
