@@ -320,4 +320,4 @@ def several(thing: Any) -> list[Any]:
     """One or many, as a list."""
     if thing is None:
         return []
-    return list(thing) if isinstance(thing, list | tuple | nn.ModuleList) else [thing]
+    return list(thing) if isinstance(thing, list | tuple) else [thing]

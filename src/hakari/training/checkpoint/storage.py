@@ -72,7 +72,7 @@ class Folder(Protocol):
 
 def open_folder(where: Location) -> Folder:
     """The folder at a path, or at a URL that fsspec knows, such as 's3://bucket/run'."""
-    text = str(where)
+    text = str(where).removeprefix("file://")
     if "://" not in text:
         return LocalFolder(text)
     import fsspec
