@@ -104,7 +104,7 @@ def train(run: Run, first: int, last: int) -> Run:
 
 def state(run: Run) -> dict[str, Tensor]:
     """Whole tensors by name, of what a rank has."""
-    values, _ = named_values([run[0]])
+    values, _, _ = named_values([run[0]])
     found = {name: full(value) for name, value in values.items()}
     for name, parameter in values.items():
         for key, value in run[1].state.get(parameter, {}).items():

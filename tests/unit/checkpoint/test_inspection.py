@@ -14,11 +14,9 @@ from hakari.training.checkpoint.inspection import (
     diff,
     inspect,
     inspect_root,
-    removable,
 )
-from hakari.training.checkpoint.retention import prune
+from hakari.training.checkpoint.retention import prune, removable
 from hakari.training.checkpoint.source import Info
-from hakari.training.checkpoint.storage import open_folder
 
 
 class Tied(nn.Module):
@@ -300,7 +298,7 @@ def test_what_may_go_is_what_training_would_remove(tmp_path, damaged, keep):
     whole = [step for step in (9, 7, 5, 3) if step not in damaged]
     last = whole[:keep][-1] if len(whole) >= keep else 0
     assert old == [f"step-{step:08d}" for step in (9, 7, 5, 3) if step < last]
-    assert prune(open_folder(tmp_path), keep) == old
+    assert prune(tmp_path, keep) == old
 
 
 def test_prune_refuses(tmp_path):

@@ -107,7 +107,7 @@ def test_an_error_after_the_commit_does_not_take_it_back(store, step):
         patch.object(commit, step, side_effect=OSError("no quota")),
         pytest.raises(OSError, match="no quota"),
     ):
-        save(store, 2)
+        save(store, 2, keep=1)
     assert checked(store) == 2
 
 
@@ -119,10 +119,9 @@ def test_pruning_keeps_the_last_whole_one(store):
     save(store, 4)
     from hakari.training.checkpoint.retention import prune
 
-    root = open_folder(store)
-    assert prune(root, 2) == ["step-00000001"]
+    assert prune(store, 2) == ["step-00000001"]
     assert checkpoint.steps(store) == [2, 3, 4]
-    assert prune(root, 1) == ["step-00000003", "step-00000002"]
+    assert prune(store, 1) == ["step-00000003", "step-00000002"]
     assert checked(store) == 4
 
 
@@ -138,7 +137,7 @@ def test_a_removal_that_is_cut_off_leaves_no_half_checkpoint(store):
         real(self, name)
 
     with patch.object(ObjectFolder, "remove", remove), pytest.raises(KeyboardInterrupt):
-        checkpoint.prune(open_folder(store), 1)
+        checkpoint.prune(store, 1)
     assert removed == ["step-00000001/COMMIT"]
     assert checkpoint.steps(store) == [2]
     assert checkpoint.leftovers(store) == ["step-00000001"]

@@ -28,6 +28,7 @@ from hakari.training import checkpoint
 from hakari.training.checkpoint import commit, manifest, saving, storage
 from hakari.training.checkpoint.assign import assign
 from hakari.training.checkpoint.retention import LATEST, named, remove, steps
+from hakari.training.checkpoint.tensors import as_bits
 from tests.distributed.faults import checked, in_memory, pieces
 
 # --- a disk ---------------------------------------------------------------------------------
@@ -225,7 +226,7 @@ def save(root: str, step: int, world: int = 1) -> None:
     ]  # fmt: skip
     with ThreadPoolExecutor(world) as pool:
         calls = [
-            pool.submit(commit.carry_out, request, [saving._bits(p.tensor) for p in mine])
+            pool.submit(commit.carry_out, request, [as_bits(p.tensor) for p in mine])
             for request, (mine, _) in zip(requests, everyone, strict=True)
         ]
         for call in calls:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import prod
 
 from hakari.training.checkpoint.boxes import Box, extents, flaw, volume
 from hakari.training.checkpoint.dtypes import BYTES
-from hakari.training.checkpoint.source import Info, Key
+from hakari.training.checkpoint.source import WEIGHT, Info, Key
 
 SPLIT = 2**20
 """A box of at least 1 MiB is shared out by rows; a smaller one goes to whoever has least."""
@@ -16,9 +16,12 @@ Held = tuple[Key, Info, Box]
 """A piece without its values."""
 
 
-def assign(held: Sequence[Sequence[Held]], share: bool = True) -> list[list[tuple[int, Box]]]:
+def assign(
+    held: Sequence[Sequence[Held]], share: bool = True, first: Collection[str] = ()
+) -> list[list[tuple[int, Box]]]:
     """For each rank, what it writes: (which of its pieces, box). held: the pieces of each rank.
-    share: let all holders of a box write a part of it; else its first holder writes it.
+    share: let all holders of a box write a part of it; else its first holder writes it. first:
+    names whose values are the first holder's in any case.
 
     The boxes tile each tensor exactly. Raises ValueError, naming tensor and ranks, where ranks
     differ in shape or type, or where their pieces leave a gap or overlap in part.
@@ -40,7 +43,8 @@ def assign(held: Sequence[Sequence[Held]], share: bool = True) -> list[list[tupl
     ]
     for copies, key, box, ranks in sorted(ordered, key=lambda entry: entry[:3]):
         width = BYTES[infos[key].dtype]
-        for rank, part in _parts(box, [*ranks] if copies > 1 and share else None, load, width):
+        shared = copies > 1 and share and not (key[0] in first and key[1] == WEIGHT)
+        for rank, part in _parts(box, [*ranks] if shared else None, load, width):
             rank = next(iter(ranks)) if rank < 0 else rank
             shares[rank].append((ranks[rank], part))
             load[rank] += volume(part) * width

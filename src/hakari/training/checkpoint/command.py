@@ -35,7 +35,7 @@ from hakari.training.checkpoint.formats import (
     write_any,
 )
 from hakari.training.checkpoint.inspection import Difference, Inspection, Root
-from hakari.training.checkpoint.retention import clear_leftovers, named, remove, steps
+from hakari.training.checkpoint.retention import clear_leftovers, named, removable, remove, steps
 from hakari.training.checkpoint.retention import leftovers as leftovers_of
 from hakari.training.checkpoint.source import WEIGHT, Info, Source
 from hakari.training.checkpoint.storage import open_folder
@@ -175,7 +175,7 @@ def prune(where: str, keep: int | None, leftovers: bool, dry_run: bool) -> int:
     if (form := detect(where)) not in ("hakari", ROOT):
         raise ValueError(f"{where} is {form}: only checkpoints of hakari are pruned")
     root, verb = open_folder(where), "would remove" if dry_run else "removed"
-    old = [] if keep is None else inspection.removable(where, keep)
+    old = [] if keep is None else removable(where, keep)
     sizes = {named(each.step): each.bytes for each in inspection.inspect_root(where).steps}
     for name in old:
         if not dry_run:

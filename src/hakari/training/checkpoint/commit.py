@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,7 @@ from hakari.training.checkpoint.fragments import Fragment
 from hakari.training.checkpoint.manifest import COMMIT, Manifest, Stored
 from hakari.training.checkpoint.retention import advance, named, prune
 from hakari.training.checkpoint.shard_file import Part, write_parts
-from hakari.training.checkpoint.source import Group, Info, Key
+from hakari.training.checkpoint.source import WEIGHT, Group, Info, Key
 from hakari.training.checkpoint.storage import Folder, open_folder, small
 
 RECORD = 2**31
@@ -98,11 +98,7 @@ def carry_out(
 
 def _write_share(folder: Folder, request: Request, values: Sequence[np.ndarray]) -> dict[str, Any]:
     """Have this process's data on disk; returns what the coordinator has to know."""
-    parts = [
-        Part(key, info, box, values[index][within(box, held)] if box else values[index])
-        for index, box in request.mine
-        for key, info, held in [request.pieces[index]]
-    ]
+    parts = [_part(request, values, index, box) for index, box in request.mine]
     with ThreadPoolExecutor(1) as pool:  # hashing beside writing
         sums = pool.submit(
             lambda: [content(v, piece[2]) for v, piece in zip(values, request.pieces, strict=True)]
@@ -126,6 +122,15 @@ def _write_share(folder: Folder, request: Request, values: Sequence[np.ndarray])
     return record
 
 
+def _part(request: Request, values: Sequence[np.ndarray], index: int, box: Box) -> Part:
+    key, info, held = request.pieces[index]
+
+    def mine() -> np.ndarray:
+        return values[index][within(box, held)] if box else values[index]
+
+    return Part(key, info, box, mine)
+
+
 def _announce(root: Folder, folder: Folder, request: Request, record: dict[str, Any]) -> None:
     try:
         folder.write(_ready(request.rank), json.dumps(record).encode())
@@ -140,6 +145,13 @@ def _announced(root: Folder, folder: Folder, request: Request) -> bool:
     Records go only after the commit, so one that was seen is either there or committed.
     """
     return _ready(request.rank) in folder.entries() or _committed(root, request)
+
+
+def report(request: Request, said: str) -> None:
+    """Tell the other processes that this one's writer has died."""
+    root = open_folder(request.root)
+    folder = root.child(request.folder if root.renames else named(request.step))
+    _fail(root, folder, request, SaveError(said))
 
 
 def _ready(rank: int) -> str:
@@ -231,7 +243,8 @@ def _conclude(root: Folder, folder: Folder, request: Request, gone: Callable[[],
     for name in wanted:
         root.child(target).remove(name)
     advance(root, target)
-    prune(root, request.keep, spare=target)
+    if request.keep:
+        prune(request.root, request.keep, fresh=target)
 
 
 def merge(request: Request, records: Sequence[Mapping[str, Any]]) -> Manifest:
@@ -241,7 +254,8 @@ def merge(request: Request, records: Sequence[Mapping[str, Any]]) -> Manifest:
     """
     first = records[0]
     _same_save(request, records)
-    infos, contents = _contents(records, request.copies)
+    buffers = {name for record in records for name in record.get("buffers", ())}
+    infos, contents = _contents(records, request.copies, buffers)
     fragments: dict[Key, list[Fragment]] = {key: [] for key in infos}
     files: dict[str, Stored] = {}
     for record in records:
@@ -262,6 +276,7 @@ def merge(request: Request, records: Sequence[Mapping[str, Any]]) -> Manifest:
         tuple(sorted({tuple(names) for record in records for names in record["tied"]})),
         first["extra"],
         tuple(record["own"] for record in records),
+        {name: tree for r in reversed(records) for name, tree in r.get("modules", {}).items()},
         {**first["origin"], "processes": request.world},
     )
     return manifests.from_json(
@@ -280,9 +295,12 @@ def _same_save(request: Request, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _contents(
-    records: Sequence[Mapping[str, Any]], copies: str
+    records: Sequence[Mapping[str, Any]], copies: str, buffers: Collection[str]
 ) -> tuple[dict[Key, Info], dict[Key, str]]:
-    """What each tensor is and holds; boxes that several ranks hold must be equal."""
+    """What each tensor is and holds; boxes that several ranks hold must be equal.
+
+    But for buffers: DDP gives every replica those of the first rank, before the next step.
+    """
     infos: dict[Key, Info] = {}
     sums: dict[Key, dict[Box, tuple[int, int]]] = {}
     for rank, record in enumerate(records):
@@ -290,7 +308,8 @@ def _contents(
             key = (name, state)
             infos.setdefault(key, Info(tuple(shape), dtype))
             known, holder = sums.setdefault(key, {}).setdefault(_box(box), (total, rank))
-            if known != total and copies == "equal":
+            same = copies == "equal" and not (name in buffers and state == WEIGHT)
+            if known != total and same:
                 raise ValueError(
                     f"ranks {holder} and {rank} hold different values of {name} ({state}) "
                     f"{show(_box(box))}, which should be copies: nothing was saved; "

@@ -65,14 +65,14 @@ def convert(
     there = target in root.entries()
     if there and (root.renames or COMMIT in root.child(target).entries()):
         raise FileExistsError(f"{root.where.rstrip('/')}/{target} exists: choose another folder")
-    extra, ranks, source = _with_extra(source)
+    extra, ranks, modules, source = _with_extra(source)
     keys = sorted(source.tensors)
     identity = sha256(
         f"{fingerprint or uuid.uuid4().hex}{[(key, source.tensors[key]) for key in keys]}".encode()
     ).hexdigest()
     folder = root.child(f".tmp-{target}-{identity[:8]}" if root.renames else target)
     done = _write_all(source, folder, keys, identity, budget, workers, progress)
-    manifests.write(folder, _manifest(source, extra, ranks, done, identity))
+    manifests.write(folder, _manifest(source, (extra, ranks, modules), done, identity))
     _finish(root, folder, target)
     return f"{root.where.rstrip('/')}/{target}"
 
@@ -275,7 +275,10 @@ def _finish(root: Folder, folder: Folder, target: str) -> None:
 
 
 def _manifest(
-    source: Source, extra: Any, ranks: Sequence[Any], done: Sequence[Done], identity: str
+    source: Source,
+    trees: tuple[Any, list[Any], dict[str, Any]],
+    done: Sequence[Done],
+    identity: str,
 ) -> Manifest:
     fragments: dict[Key, tuple[Fragment, ...]] = {}
     contents: dict[Key, str] = {}
@@ -302,22 +305,27 @@ def _manifest(
         groups,
         source.optimizer,
         source.tied,
-        extra,
-        tuple(ranks),
+        trees[0],
+        tuple(trees[1]),
+        trees[2],
         source.origin,
     )
 
 
-def _with_extra(source: Source) -> tuple[Any, list[Any], Source]:
-    """Extra and rank states as JSON, and a source that also has the tensors in them."""
+def _with_extra(source: Source) -> tuple[Any, list[Any], dict[str, Any], Source]:
+    """Extra, rank and module states as JSON, and a source that also has the tensors in them."""
     tensors: dict[str, Tensor] = {}
     extra = tree.encode(source.extra, "extra_state", tensors)
     ranks = [
         tree.encode(own, f"rank_state/{rank:05d}", tensors) for rank, own in enumerate(source.ranks)
     ]
+    modules = {
+        name: tree.encode(kept, f"module_state/{name}", tensors)
+        for name, kept in source.modules.items()
+    }
     if tensors:
         source = with_tensors(source, {(name, EXTRA): t for name, t in tensors.items()})
-    return extra, ranks, source
+    return extra, ranks, modules, source
 
 
 def with_tensors(source: Source, more: Mapping[Key, Tensor]) -> Source:

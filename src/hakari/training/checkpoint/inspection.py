@@ -19,7 +19,7 @@ from hakari.training.checkpoint.boxes import whole
 from hakari.training.checkpoint.conversion import Progress
 from hakari.training.checkpoint.dtypes import BYTES
 from hakari.training.checkpoint.formats import ROOT, detect, open_any
-from hakari.training.checkpoint.manifest import COMMIT, check_sizes, read
+from hakari.training.checkpoint.manifest import check_sizes, read
 from hakari.training.checkpoint.retention import latest, leftovers, located, named, steps
 from hakari.training.checkpoint.shard_file import chunks
 from hakari.training.checkpoint.source import WEIGHT, Group, Info, Key, Source
@@ -120,26 +120,6 @@ def inspect_root(where: Location) -> Root:
         problem = str(error)
     found = tuple(_saved(folder.child(named(step)), step) for step in steps(where))
     return Root(folder.where, newest, found, tuple(leftovers(where)), problem)
-
-
-def removable(where: Location, keep: int) -> list[str]:
-    """Checkpoints in a folder that are older than the newest `keep` whole ones, newest first.
-
-    Whole means here: a right manifest, and files of their sizes. Raises ValueError for keep < 1,
-    and for a folder that is itself a checkpoint.
-    """
-    if keep < 1:
-        raise ValueError(f"keep {keep}: at least 1 checkpoint has to be kept")
-    folder = open_folder(where)
-    if COMMIT in folder.entries():
-        raise ValueError(f"{folder.where} is one checkpoint: give the folder that it lies in")
-    kept, old = 0, []
-    for step in reversed(steps(where)):
-        if kept >= keep:
-            old.append(named(step))
-        elif _saved(folder.child(named(step)), step).whole:
-            kept += 1
-    return old
 
 
 def _inspect_ours(where: Location) -> Inspection:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from hakari.training.checkpoint import exchange
 from hakari.training.checkpoint.boxes import Box, flaw, show, whole
@@ -19,9 +19,18 @@ from hakari.training.checkpoint.content import content, hexadecimal
 from hakari.training.checkpoint.dtypes import bits
 from hakari.training.checkpoint.fragments import DamageError
 from hakari.training.checkpoint.manifest import Manifest, check_sizes
-from hakari.training.checkpoint.pieces import Models, Optimizers, Piece, holdings, several
+from hakari.training.checkpoint.pieces import (
+    Models,
+    Optimizers,
+    Piece,
+    Ties,
+    holdings,
+    several,
+    stateful_modules,
+)
+from hakari.training.checkpoint.retention import named, steps
 from hakari.training.checkpoint.source import WEIGHT, Info, Key
-from hakari.training.checkpoint.states import made_states, restore_options
+from hakari.training.checkpoint.states import grouped, made_states, restore_options
 from hakari.training.checkpoint.storage import Location
 from hakari.training.checkpoint.stored import EXTRA, Stored, extras, open_stored, read_all
 from hakari.training.checkpoint.tensors import as_bits, as_tensor
@@ -54,14 +63,13 @@ class Loaded:
     seconds: float
 
     def __str__(self) -> str:
-        proven = (
-            "loaded state verified"
-            if self.verified == self.tensors
-            else (f"{self.verified} of {self.tensors} tensors verified")
-        )
+        lost = {"missing": self.missing, "unused": self.unused, "set to zero": self.zeroed}
+        said = [f"{len(keys)} {what}" for what, keys in lost.items() if keys]
+        if self.verified < self.tensors or said:
+            said = [f"{self.verified} of {self.tensors} tensors verified", *said]
         return (
             f"{self.path}: step {self.step}, {self.tensors} tensors, {self.bytes / 1e6:,.1f} MB in "
-            f"{self.seconds:.2f} s, {proven}"
+            f"{self.seconds:.2f} s, {', '.join(said) or 'loaded state verified'}"
         )
 
 
@@ -100,13 +108,15 @@ def load(
     stored = _open(path, states, zero_damaged)
     parts = () if model is None else model
     threads = workers or min(4, os.cpu_count() or 1)
-    with _made_on_all(stored, parts, optimizer):
+    with _made_on_all(stored, parts, optimizer, strict):
         targets, tied = _found_on_all(stored, parts, optimizer, pieces, cast)
         missing, unused = _compare(stored, targets, tied, states, strict)
+        if optimizer is not None and strict:
+            _same_groups(stored, parts, optimizer)
         present = [target for target in targets if target.saved is not None]
-        zeroed = _fill(stored, present, zero_damaged, threads, progress)
+        zeroed = _fill(stored, present, zero_damaged, threads, progress, path)
         verified, tensors = _verify(stored, present, zeroed)
-        extra, ranks = _rest(stored, parts, optimizer if options else None)
+        extra, ranks = _rest(stored, parts, optimizer if options else None, strict)
     return Loaded(
         stored.folder.where,
         stored.manifest.step,
@@ -131,7 +141,7 @@ class Target:
     info: Info | None
 
 
-Ties = tuple[tuple[str, ...], ...]
+ADAM = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
 
 
 def _open(path: Location, states: Collection[str] | None, may_zero: Collection[str]) -> Stored:
@@ -143,7 +153,7 @@ def _open(path: Location, states: Collection[str] | None, may_zero: Collection[s
             where = stored.folder.where
             _check_sizes(stored, states, may_zero)
         except (OSError, ValueError) as failure:
-            error = failure
+            error = _with_way_out(path, failure)
     exchange.raise_together(error)
     where = exchange.from_first(where)
     try:
@@ -154,6 +164,24 @@ def _open(path: Location, states: Collection[str] | None, may_zero: Collection[s
     if stored is None:
         raise RuntimeError(f"{where} was not opened")
     return stored
+
+
+def _with_way_out(path: Location, error: Exception) -> Exception:
+    """An error that also says what could be loaded instead."""
+    from hakari.training.checkpoint.formats import detect
+
+    older = steps(path)[:-1]
+    if older and isinstance(error, DamageError):
+        way = f"; the one before is {str(path).rstrip('/')}/{named(older[-1])}"
+        return DamageError(f"{error}{way}", *error.keys)
+    if isinstance(error, FileNotFoundError):
+        try:
+            form = detect(path)
+        except (OSError, ValueError):
+            return error
+        if not form.startswith("hakari"):
+            return ValueError(f"{path} is a checkpoint of {form}: hakari checkpoint convert first")
+    return error
 
 
 def _check_sizes(stored: Stored, states: Collection[str] | None, may_zero: Collection[str]) -> None:
@@ -173,11 +201,13 @@ def _check_sizes(stored: Stored, states: Collection[str] | None, may_zero: Colle
                 raise
 
 
-def _rest(stored: Stored, model: Models, optimizer: Optimizers | None) -> Any:
-    """Extra states; and the options of an optimizer, which are set."""
+def _rest(stored: Stored, model: Models, optimizer: Optimizers | None, strict: bool) -> Any:
+    """Extra states; and what modules keep and the options of an optimizer, which are set."""
     error, found = None, None
     try:
-        found = extras(stored)
+        extra, ranks, kept = extras(stored)
+        found = extra, ranks
+        _set_modules(kept, stateful_modules(several(model)), strict)
         if optimizer is not None:
             restore_options(stored.manifest, model, optimizer)
     except (OSError, ValueError) as failure:
@@ -186,18 +216,76 @@ def _rest(stored: Stored, model: Models, optimizer: Optimizers | None) -> Any:
     return found
 
 
+def _set_modules(kept: Mapping[str, Any], modules: Mapping[str, nn.Module], strict: bool) -> None:
+    lacking = sorted(set(modules) - set(kept))
+    if lacking and strict:
+        raise ValueError(
+            f"{lacking[0]} keeps an extra state, which the checkpoint does not have: pass "
+            "strict=False to go on without"
+        )
+    for name, module in modules.items():
+        if name in kept:
+            module.set_extra_state(kept[name])
+
+
+def _same_groups(stored: Stored, model: Models, optimizer: Optimizers) -> None:
+    """Raise ValueError if the optimizer holds other parameters than the one that was saved."""
+    found, error, here = stored.manifest, None, set[str]()
+    try:
+        here = grouped(several(model), several(optimizer))
+    except ValueError as failure:
+        error = failure
+    exchange.raise_together(error)
+    everywhere: set[str] = set().union(*exchange.gather(here))
+    ways = "; pass optimizer=None for the weights alone, or strict=False"
+    if not found.groups and not _has_states(found):
+        raise ValueError(f"{stored.folder.where} has no optimizer state{ways}")
+    alias = {name: {*names} for names in found.tied for name in names}
+    members = {name for group in found.groups for name in group.members}
+    known = set().union(members, *(alias.get(name, set()) for name in members))
+    held = set().union(everywhere, *(alias.get(name, set()) for name in everywhere))
+    for names, side in (
+        (everywhere - known, "this optimizer and not in the saved one"),
+        (members - held, "the saved optimizer and not in this one"),
+    ):
+        if members and names:
+            raise ValueError(f"{len(names)} parameters are in {side}, such as {min(names)}{ways}")
+
+
+def _has_states(found: Manifest) -> bool:
+    return any(key[1] not in (WEIGHT, EXTRA) for key in found.infos)
+
+
+def _class_of(found: Manifest) -> str:
+    """The saved optimizer's class; where it was not said, what its states and options tell."""
+    states = {key[1] for key in found.infos} - {WEIGHT, EXTRA}
+    flags = {group.options.get("decoupled_weight_decay") for group in found.groups}
+    if found.optimizer or not states or not states <= ADAM or len(flags) != 1:
+        return found.optimizer
+    (flag,) = flags
+    return "" if flag is None else "AdamW" if flag else "Adam"
+
+
 @contextmanager
-def _made_on_all(stored: Stored, model: Models, optimizer: Optimizers | None) -> Iterator[None]:
+def _made_on_all(
+    stored: Stored, model: Models, optimizer: Optimizers | None, strict: bool
+) -> Iterator[None]:
     """`made_states`, where an error of one rank is an error of all.
 
     Raises ValueError if the optimizers of all ranks are of other classes than those that saved.
     """
     kinds = {type(each).__name__ for each in several(optimizer)}
     kind = "+".join(sorted(set().union(*exchange.gather(kinds))))
-    if kind and stored.manifest.optimizer and kind != stored.manifest.optimizer:
+    saved = _class_of(stored.manifest)
+    if kind and saved and kind != saved:
         raise ValueError(
-            f"the checkpoint's optimizer is {stored.manifest.optimizer}, and this is {kind}: use "
-            "the same class, or load the weights alone (optimizer=None)"
+            f"the checkpoint's optimizer is {saved}, and this is {kind}: use the same class, or "
+            "load the weights alone (optimizer=None)"
+        )
+    if kind and strict and not saved and _has_states(stored.manifest):
+        raise ValueError(
+            f"{stored.folder.where} does not say of which class its optimizer was: state it with "
+            f"hakari checkpoint convert --optimizer {kind}, or pass strict=False"
         )
     with ExitStack() as stack:
         error = None
@@ -220,6 +308,12 @@ def _found_on_all(
     error, targets, tied = None, [], Ties()
     try:
         held = holdings(model, optimizer, pieces)
+        for piece in held.pieces:
+            if piece.tensor.is_meta:
+                raise ValueError(
+                    f"{piece.key[0]} ({piece.key[1]}) is on the meta device: call "
+                    "model.to_empty(device=...) before loading"
+                )
         tied = held.tied
         targets = _targets(stored.manifest, held.pieces, cast)
     except (ValueError, TypeError) as failure:
@@ -331,6 +425,7 @@ def _fill(
     may_zero: Collection[str],
     workers: int,
     progress: Callable[[int], None] | None,
+    path: Location,
 ) -> tuple[Key, ...]:
     """Read all; returns what was zeroed, on any rank, since its files are damaged."""
     damaged: dict[Key, str] = {}
@@ -343,7 +438,7 @@ def _fill(
         except DamageError as failure:
             lost = {target.saved for target in left if target.saved in failure.keys}
             if not lost or any(key is None or key[1] not in may_zero for key in lost):
-                error = failure
+                error = _with_way_out(path, failure)
                 break
             damaged |= {key: str(failure) for key in lost if key}
             left = [target for target in left if target.saved not in lost]

@@ -46,7 +46,8 @@ class Manifest:
     """A checkpoint's table of contents.
 
     contents: `content.content` of each tensor. extra and ranks: trees as `tree.encode` writes
-    them, of the run and of each process. optimizer: names of classes.
+    them, of the run and of each process; modules: of those that keep more than tensors.
+    optimizer: names of classes.
     """
 
     save_id: str
@@ -61,6 +62,7 @@ class Manifest:
     tied: tuple[tuple[str, ...], ...] = ()
     extra: Any = None
     ranks: tuple[Any, ...] = ()
+    modules: Mapping[str, Any] = field(default_factory=dict)
     origin: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -142,6 +144,7 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
         "tied": manifest.tied,
         "extra": manifest.extra,
         "ranks": manifest.ranks,
+        "modules": manifest.modules,
     }
 
 
@@ -202,6 +205,7 @@ def _parse(table: Mapping[str, Any]) -> Manifest:
         tuple(map(_names, table["tied"])),
         table["extra"],
         tuple(table["ranks"]),
+        dict(table.get("modules", {})),
         dict(table["origin"]),
     )
 

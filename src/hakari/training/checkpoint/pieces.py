@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Partial, Placement, Shard, _StridedShard
+from torch.nn.parallel import DistributedDataParallel
 
 from hakari.training.checkpoint.boxes import Box, flat_range, whole
 from hakari.training.checkpoint.source import WEIGHT, Group, Info, Key
 from hakari.training.checkpoint.tensors import name_of
 
-WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 HOW = ("foreach", "fused", "capturable", "differentiable")
 """Options of torch's optimizers that say how it computes, not what: they are not saved."""
 
@@ -55,6 +57,7 @@ class Holdings:
     optimizer: str
     tied: tuple[tuple[str, ...], ...]
     mesh: Mapping[str, int]
+    buffers: tuple[str, ...] = ()
 
 
 def holdings(model: Models, optimizer: Optimizers | None, more: Iterable[Piece] = ()) -> Holdings:
@@ -70,7 +73,7 @@ def holdings(model: Models, optimizer: Optimizers | None, more: Iterable[Piece] 
                 "a ZeroRedundancyOptimizer keeps its states in the optimizer within: pass "
                 "optimizer.optim"
             )
-    values, tied = named_values(models)
+    values, tied, buffers = named_values(models)
     pieces = [p for name, value in values.items() for p in tensor_pieces((name, WEIGHT), value)]
     names = parameter_names(models)
     scalars: dict[Key, Any] = {}
@@ -78,7 +81,7 @@ def holdings(model: Models, optimizer: Optimizers | None, more: Iterable[Piece] 
         for key, value in flatten(state):
             if isinstance(value, Tensor):
                 pieces += _state_pieces((name, key), value, parameter)
-            elif value is not None:
+            else:
                 scalars[name, key] = value
     kinds = sorted({type(each).__name__ for each in optimizers})
     return Holdings(
@@ -88,46 +91,93 @@ def holdings(model: Models, optimizer: Optimizers | None, more: Iterable[Piece] 
         "+".join(kinds),
         tied,
         _mesh(values.values()),
+        buffers,
     )
+
+
+Ties = tuple[tuple[str, ...], ...]
 
 
 def named_values(
     models: Iterable[nn.Module],
-) -> tuple[dict[str, Tensor], tuple[tuple[str, ...], ...]]:
-    """Parameters and persistent buffers by plain names, tied ones once; and which are tied."""
+) -> tuple[dict[str, Tensor], Ties, tuple[str, ...]]:
+    """Parameters and persistent buffers by plain names, tied ones once; ties; names of buffers.
+
+    The modules' own tensors: a state_dict may hold copies.
+    """
     values: dict[str, Tensor] = {}
     alike: dict[int, list[str]] = {}
-    for model in models:
-        state = model.state_dict(keep_vars=True)
-        for raw, value in state.items():
-            if not isinstance(value, Tensor):
-                raise ValueError(
-                    f"{raw} of the model's state is a {type(value).__name__}, not a tensor: pass "
-                    "it in extra_state"
-                )
+    buffers: list[str] = []
+    for model in map(unwrapped, models):
+        _resharded(model)
+        for raw, value, kept in _own_tensors(model):
             names = alike.setdefault(id(value), [])
             names.append(plain(raw))
-            if len(names) == 1:
-                if names[0] in values:
-                    raise ValueError(f"two parts of the model have a {names[0]}")
-                values[names[0]] = value
-    return values, tuple(tuple(names) for names in alike.values() if len(names) > 1)
+            if len(names) > 1:
+                continue
+            if names[0] in values:
+                raise ValueError(f"two parts of the model have a {names[0]}")
+            values[names[0]] = value
+            if kept:
+                buffers.append(names[0])
+    ties = tuple(tuple(names) for names in alike.values() if len(names) > 1)
+    return values, ties, tuple(buffers)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model within DDP, DataParallel and torch.compile."""
+    while True:
+        if isinstance(model, DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = cast(nn.Module, model._orig_mod)
+        else:
+            return model
+
+
+def stateful_modules(models: Iterable[nn.Module]) -> dict[str, nn.Module]:
+    """Modules that keep more than tensors (`get_extra_state`), by plain names."""
+    return {
+        plain(name): module
+        for model in map(unwrapped, models)
+        for name, module in model.named_modules()
+        if type(module).get_extra_state is not nn.Module.get_extra_state
+    }
 
 
 def parameter_names(models: Iterable[nn.Module]) -> dict[int, str]:
     """Plain name of each parameter, the first where it is tied."""
     names: dict[int, str] = {}
-    for model in models:
+    for model in map(unwrapped, models):
         for raw, parameter in model.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), plain(raw))
     return names
 
 
+def _own_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    """(name, tensor, whether it is a buffer) in the order of a state_dict."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        start = f"{prefix}." if prefix else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield start + name, parameter, False
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield start + name, buffer, True
+
+
+def _resharded(model: nn.Module) -> None:
+    """FSDP2 may still hold whole parameters after a forward pass without a backward one."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def plain(name: str) -> str:
-    """A parameter's name without what wrappers (DDP, compile, FSDP, recomputation) put in it."""
-    for wrapper in WRAPPERS[:3]:
+    """A parameter's name without what wrappers of modules (compile, recomputation) put in it."""
+    for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")
-    return name.removeprefix(WRAPPERS[3])
+    return name
 
 
 def tensor_pieces(key: Key, tensor: Tensor) -> list[Piece]:

@@ -86,25 +86,36 @@ def advance(root: Folder, name: str) -> None:
     root.write(LATEST, f"{named(max(mine, newest))}\n".encode())
 
 
-def prune(root: Folder, keep: int, spare: str = "") -> list[str]:
-    """Remove all but the newest `keep` whole checkpoints (0: none is removed); returns names.
+def prune(where: Location, keep: int, fresh: str = "") -> list[str]:
+    """Remove all but the newest `keep` whole checkpoints; returns the names of those removed.
 
-    A checkpoint counts as whole if its manifest is and its files have their sizes; nothing is
-    removed that is newer than the oldest one kept, and never the last whole one. spare: name of
-    one that stays though there are newer ones, such as that of a run that went back.
+    where, keep, fresh: as of `removable`, which also says what is raised.
     """
+    root, names = open_folder(where), removable(where, keep, fresh)
+    for name in names:
+        remove(root, name)
+    return names
+
+
+def removable(where: Location, keep: int, fresh: str = "") -> list[str]:
+    """Names of the checkpoints that are older than the newest `keep` whole ones.
+
+    A checkpoint counts as whole if every byte of it is what was written: one that is damaged
+    never lets the one before go. fresh: name of one that was just written, so that the others
+    need not be read; it stays though there may be newer ones, as when a run went back.
+    Raises ValueError for keep < 1, and for a folder that is itself a checkpoint.
+    """
+    root, whole, found = open_folder(where), 0, []
     if keep < 1:
-        return []
-    whole, removed = 0, []
-    for step in reversed(steps(root.where)):
-        if whole >= keep and named(step) == spare:
-            continue
+        raise ValueError(f"keep {keep}: at least 1 checkpoint has to be kept")
+    if COMMIT in root.entries():
+        raise ValueError(f"{root.where} is one checkpoint: give the folder that it lies in")
+    for step in reversed(steps(where)):
         if whole >= keep:
-            remove(root, named(step))
-            removed.append(named(step))
-        elif _intact(root.child(named(step))):
+            found += [named(step)] if named(step) != fresh else []
+        elif _intact(root.child(named(step)), thoroughly=not fresh):
             whole += 1
-    return removed
+    return found
 
 
 def remove(root: Folder, name: str) -> None:
@@ -119,7 +130,11 @@ def remove(root: Folder, name: str) -> None:
         root.remove(name)
 
 
-def _intact(folder: Folder) -> bool:
+def _intact(folder: Folder, thoroughly: bool) -> bool:
+    if thoroughly:
+        from hakari.training.checkpoint.verification import verify
+
+        return not verify(folder.where).damage
     try:
         check_sizes(folder, read(folder))
     except (OSError, ValueError, json.JSONDecodeError):

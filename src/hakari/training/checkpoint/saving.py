@@ -6,9 +6,10 @@ import hashlib
 import json
 import platform
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from operator import index
 from typing import Any, Literal
 
 import numpy as np
@@ -28,14 +29,19 @@ from hakari.training.checkpoint.pieces import (
     Optimizers,
     Piece,
     holdings,
+    several,
+    stateful_modules,
     tensor_pieces,
 )
 from hakari.training.checkpoint.retention import named
 from hakari.training.checkpoint.snapshot import Save, Writer, finished, start
-from hakari.training.checkpoint.storage import Location, open_folder
+from hakari.training.checkpoint.storage import Location, absolute, open_folder
 from hakari.training.checkpoint.stored import EXTRA
 from hakari.training.checkpoint.tensors import as_bits
 from hakari.training.checkpoint.tree import encode
+
+KEPT = ("extra_state/", "rank_state/", "module_state/")
+"""Starts of names that parameters cannot have."""
 
 Plan = tuple[tuple[int, Box], ...]
 
@@ -89,16 +95,26 @@ def save(
     be stored, OSError if the disk fails or is too small, SaveError (an OSError) if another
     process or the last save in the background failed.
     """
-    root, error = str(path), None
+    root = absolute(path)
+    settings: dict[str, Any] = {
+        "asynchronous": asynchronous,
+        "keep": keep,
+        "copies": copies,
+        "when_busy": when_busy,
+        "path": root,
+    }
+    error: Exception | None = None
+    held: tuple[Piece, ...] = ()
+    record: dict[str, Any] = {}
     try:
+        step = _checked(root, step, asynchronous, copies, when_busy)
         held, record = _collect(model, optimizer, pieces, extra_state, rank_state)
     except Exception as failure:  # a state_dict is anyone's code, and no rank may wait for it
-        held, record, error = (), {}, failure
+        error = failure
     exchange.raise_together(error)
-    busy, save_id = _agree(root, step, held, when_busy)
+    busy, save_id = _agree(root, step, settings | {"step": step}, when_busy)
     if busy:
         return None
-    plan = _planned(root, held, copies)
     request = Request(
         root,
         step,
@@ -106,17 +122,19 @@ def save(
         exchange.rank(),
         exchange.world(),
         tuple((piece.key, piece.info, piece.box) for piece in held),
-        plan,
+        _planned(root, held, copies, record["buffers"]),
         record,
         copies,
         keep,
         timeout,
     )
+    shown = f"{str(path).rstrip('/')}/{named(step)}"
     if asynchronous:
         _session.writer = _session.writer or start()
-        _session.running = _session.writer.save(request, [piece.tensor for piece in held])
+        _session.running = _session.writer.save(request, [piece.tensor for piece in held], shown)
         return _session.running
-    return finished(carry_out(request, [_bits(piece.tensor) for piece in held]))
+    carry_out(request, _Values([piece.tensor for piece in held]))
+    return finished(shown)
 
 
 def wait() -> None:
@@ -127,6 +145,20 @@ def wait() -> None:
 
 
 # --- what to save -------------------------------------------------------------------------
+
+
+class _Values(Sequence[np.ndarray]):
+    """The bits of tensors; those on another device come over one at a time."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __getitem__(self, index: Any) -> Any:
+        tensor = self.tensors[index]
+        return as_bits(tensor if tensor.device.type == "cpu" else tensor.cpu())
 
 
 def _collect(
@@ -140,15 +172,15 @@ def _collect(
     rank = exchange.rank()
     extra, shared = _tree(extra_state, "extra_state")
     own, mine = _tree(rank_state, f"rank_state/{rank:05d}")
+    modules = {}
+    for name, module in stateful_modules(several(() if model is None else model)).items():
+        modules[name], kept = _tree(module.get_extra_state(), f"module_state/{name}")
+        mine += kept
     held = (*found.pieces, *shared, *mine)
-    twice = {
-        piece.key
-        for piece in held
-        if piece.key[0].startswith(("extra_state/", "rank_state/")) and piece.key[1] != EXTRA
-    }
+    twice = {piece.key for piece in held if piece.key[0].startswith(KEPT) and piece.key[1] != EXTRA}
     if twice:
         raise ValueError(f"{min(twice)[0]} is a name that is kept for extra states")
-    return held, _record(found, extra, own)
+    return held, _record(found, extra, own) | {"modules": modules}
 
 
 def _tree(tree: Any, name: str) -> tuple[Any, list[Piece]]:
@@ -171,6 +203,7 @@ def _record(found: Holdings, extra: Any, own: Any) -> dict[str, Any]:
         ],
         "optimizer": found.optimizer,
         "tied": found.tied,
+        "buffers": found.buffers,
         "extra": extra,
         "own": own,
         "origin": {
@@ -187,16 +220,31 @@ def _record(found: Holdings, extra: Any, own: Any) -> dict[str, Any]:
     return dict(json.loads(json.dumps(record)))
 
 
-def _bits(tensor: Tensor) -> np.ndarray:
-    return as_bits(tensor if tensor.device.type == "cpu" else tensor.cpu())
-
-
 # --- what all processes must agree on -----------------------------------------------------
 
 
-def _agree(root: str, step: int, held: Sequence[Piece], when_busy: str) -> tuple[bool, str]:
+def _checked(root: str, step: Any, asynchronous: bool, copies: str, when_busy: str) -> int:
+    """The step as an integer. Raises ValueError for what cannot be meant."""
+    for name, value, known in (
+        ("copies", copies, ("equal", "first")),
+        ("when_busy", when_busy, ("wait", "skip")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}: {known[0]!r} or {known[1]!r}")
+    if asynchronous and root.startswith("memory://"):
+        raise ValueError(f"{root} would be in the writer process's memory: pass asynchronous=False")
+    try:
+        number = -1 if isinstance(step, bool) else index(step)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise ValueError(f"step is {step!r}: a whole number, 0 or more, is needed")
+    return number
+
+
+def _agree(root: str, step: int, settings: Mapping[str, Any], when_busy: str) -> tuple[bool, str]:
     """Whether to skip, and the save's name. Raises on all ranks what is wrong on any."""
-    failure = None
+    failure, exists = None, False
     running = _session.running
     if running and when_busy == "wait":
         failure = running.failure(wait=True)
@@ -205,14 +253,23 @@ def _agree(root: str, step: int, held: Sequence[Piece], when_busy: str) -> tuple
     busy = bool(running and not running.done())
     if not busy:
         _session.running = None
-    exists = exchange.rank() == 0 and _exists(root, step)
-    told = exchange.gather((busy, uuid.uuid4().hex, exists, failure))
-    for rank, (_, _, there, said) in enumerate(told):
+    error = None
+    try:
+        exists = exchange.rank() == 0 and _exists(root, step)
+    except OSError as found:
+        error = found
+    exchange.raise_together(error)
+    told = exchange.gather((busy, uuid.uuid4().hex, exists, failure, settings))
+    for rank, (_, _, there, said, theirs) in enumerate(told):
+        for name, value in told[0][4].items():
+            if theirs[name] != value:
+                raise ValueError(f"{name} is {value!r} on rank 0 and {theirs[name]!r} on {rank}")
         if said:
             raise SaveError(f"the last save failed on rank {rank}: {said}")
         if there:
             raise FileExistsError(
-                f"{root.rstrip('/')}/{named(step)} exists: save to another folder, or remove it"
+                f"{root.rstrip('/')}/{named(step)} exists: save to another folder, or, to go on "
+                "from an older checkpoint, remove the newer ones first"
             )
     return any(each[0] for each in told), told[0][1]
 
@@ -228,15 +285,16 @@ def _exists(root: str, step: int) -> bool:
     return False
 
 
-def _planned(root: str, held: Sequence[Piece], copies: str) -> Plan:
+def _planned(root: str, held: Sequence[Piece], copies: str, buffers: Sequence[str]) -> Plan:
     """What this rank writes. Worked out anew only if any rank holds something else than before."""
     mine: list[Held] = [(piece.key, piece.info, piece.box) for piece in held]
-    digest = hashlib.sha256(f"{copies}{mine}".encode()).hexdigest()
-    told = exchange.gather((digest, open_folder(root).free()))
+    digest = hashlib.sha256(f"{copies}{buffers}{mine}".encode()).hexdigest()
+    told = exchange.gather((digest, _free(root)))
     digests = tuple(each for each, _ in told)
     if digests != _session.digests:
         everyone = exchange.gather(mine)
-        shares = assign(everyone, share=copies == "equal")
+        first = set().union(*exchange.gather(buffers))
+        shares = assign(everyone, share=copies == "equal", first=first)
         _session.plan = tuple(shares[exchange.rank()])
         _session.total = sum(
             volume(box) * BYTES[everyone[rank][index][1].dtype]
@@ -251,3 +309,10 @@ def _planned(root: str, held: Sequence[Piece], copies: str) -> Plan:
             "make room, or lower `keep`"
         )
     return _session.plan
+
+
+def _free(root: str) -> int | None:
+    try:
+        return open_folder(root).free()
+    except OSError:  # the save itself will say so
+        return None

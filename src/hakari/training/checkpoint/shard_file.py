@@ -41,12 +41,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Part:
-    """A box of a logical tensor and its values, as unsigned integers."""
+    """A box of a logical tensor, and what makes its values, as unsigned integers."""
 
     key: Key
     info: Info
     box: Box
-    values: np.ndarray
+    values: Callable[[], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def chunks(box: Box, width: int, most: int) -> Iterator[Box]:
 
 def _entry(part: Part) -> Entry:
     name = label(part.key, part.info, part.box)
-    return Entry(name, part.info.dtype, extents(part.box), lambda: [part.values])
+    return Entry(name, part.info.dtype, extents(part.box), lambda: [part.values()])
 
 
 def _header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:

@@ -15,16 +15,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
 from torch import Tensor
 
 from hakari.training.checkpoint.boxes import extents
-from hakari.training.checkpoint.commit import Request, SaveError
+from hakari.training.checkpoint.commit import Request, SaveError, report
 from hakari.training.checkpoint.tensors import TORCH
-from hakari.training.checkpoint.writer import layout
+from hakari.training.checkpoint.writer import layout, to_json
 
 
 @dataclass
@@ -34,6 +34,7 @@ class Save:
     path: str | None = None
     _writer: Writer | None = field(default=None, repr=False)
     _error: str | None = None
+    _shown: str = field(default="", repr=False)
 
     def done(self) -> bool:
         """Whether it is over, well or not."""
@@ -62,7 +63,8 @@ class Save:
 
     def _take(self, answer: dict[str, str] | None) -> None:
         if answer is not None:
-            self.path, self._error = answer.get("path"), answer.get("error")
+            self._error = answer.get("error")
+            self.path = None if self._error else self._shown
             self._writer = None
 
 
@@ -78,9 +80,14 @@ class Writer:
     process: subprocess.Popen[bytes]
     memory: int  # file descriptor
     view: mmap.mmap | None = None
+    request: Request | None = None
+    unanswered: bool = False
 
-    def save(self, request: Request, tensors: Sequence[Tensor]) -> Save:
-        """Copy the tensors and have them written; returns when they are copied."""
+    def save(self, request: Request, tensors: Sequence[Tensor], shown: str) -> Save:
+        """Copy the tensors and have them written; returns when they are copied.
+
+        shown: where the checkpoint is, as the user says it.
+        """
         if self.process.poll() is not None:
             self._start_again()
         places, size = layout(request)
@@ -95,7 +102,7 @@ class Writer:
                 )
                 flat.view(extents(box)).copy_(tensor)
         self._send(request)
-        return Save(_writer=self)
+        return Save(_writer=self, _shown=shown)
 
     def answer(self, wait: bool) -> dict[str, str] | None:
         """What the process said of its last save, or None if it has not yet."""
@@ -107,16 +114,22 @@ class Writer:
         if line:
             os.set_blocking(out.fileno(), True)
             line = line if line.endswith(b"\n") else line + out.readline()  # of a long message
+            self.unanswered = False
             return dict(json.loads(line))
         status = self.process.wait() if wait else self.process.poll()
         if status is None:
             return None
-        return {"error": f"the writer process ended with status {status}"}
+        said = f"the writer process ended with status {status}"
+        self.unanswered = False
+        if self.request:  # it cannot tell the others any more
+            report(self.request, said)
+        return {"error": said}
 
     def _send(self, request: Request) -> None:
         if self.process.stdin is None:
             raise RuntimeError("the writer process was not started")
-        self.process.stdin.write(json.dumps(asdict(request)).encode() + b"\n")
+        self.request, self.unanswered = request, True
+        self.process.stdin.write(to_json(request))
         self.process.stdin.flush()
 
     def _start_again(self) -> None:
@@ -127,7 +140,7 @@ def start() -> Writer:
     """Start the process that writes; it ends with this one, having finished its save."""
     memory = _shared_memory()
     writer = Writer(_process(memory), memory)
-    atexit.register(_drain, writer)
+    atexit.register(_drain, writer, os.getpid())
     return writer
 
 
@@ -139,8 +152,9 @@ def _shared_memory() -> int:
 
 
 def _process(memory: int) -> subprocess.Popen[bytes]:
+    me = str(os.getpid())
     return subprocess.Popen(
-        [sys.executable, "-m", "hakari.training.checkpoint.writer", str(memory)],
+        [sys.executable, "-m", "hakari.training.checkpoint.writer", str(memory), me],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         pass_fds=(memory,),
@@ -149,9 +163,11 @@ def _process(memory: int) -> subprocess.Popen[bytes]:
     )
 
 
-def _drain(writer: Writer) -> None:
-    """At exit: let the process finish what it has, and say so if that fails."""
-    process = writer.process
+def _drain(writer: Writer, owner: int) -> None:
+    """At exit: let the process finish what it has. If that fails, so does the program."""
+    process, failed = writer.process, False
+    if os.getpid() != owner:  # a forked child
+        return
     if process.stdin and process.stdout and process.poll() is None:
         process.stdin.write(b"end\n")
         process.stdin.close()
@@ -159,6 +175,14 @@ def _drain(writer: Writer) -> None:
         for line in process.stdout:
             error = json.loads(line).get("error")
             if error:
+                failed = True
                 print(f"hakari: saving in the background failed: {error}", file=sys.stderr)
         process.stdout.close()
         process.wait()
+    elif writer.unanswered:
+        failed = True
+        print("hakari: the process that saves in the background has died", file=sys.stderr)
+    if failed:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # no other way to a status, this late

@@ -51,7 +51,8 @@ class Source:
     read(key, box, out): fill `out`, an array of unsigned integers as wide as the elements and of
     the box's shape, not necessarily contiguous. Raises ValueError for damage, naming the tensor.
     scalars: states that are plain numbers. extra: what else was saved, a tree of plain values and
-    tensors; ranks: such trees of each process's own. origin: where it came from, for people:
+    tensors; ranks: such trees of each process's own, modules: of modules that
+    keep more than tensors, by their names. origin: where it came from, for people:
     framework, topology, versions.
     """
 
@@ -65,6 +66,7 @@ class Source:
     extra: Any = None
     origin: Mapping[str, Any] = field(default_factory=dict)
     ranks: tuple[Any, ...] = ()
+    modules: Mapping[str, Any] = field(default_factory=dict)
 
     def array(self, key: Key, box: Box | None = None) -> np.ndarray:
         """A box of a tensor, or all of it, as unsigned integers."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hakari.training.checkpoint import tree
@@ -118,17 +118,41 @@ def _make(
     name: str,
     saved: Mapping[str, Any],
 ) -> None:
+    fresh: dict[str, Any] = {}
     for key, info in saved.items():
         if not isinstance(info, Info):
-            state[key] = info
-        elif "/" in key:
-            if key.partition("/")[0] not in state:
-                raise ValueError(
-                    f"{name} ({key}) is a nested state: let the optimizer make a step, or prepare "
-                    "its states, before loading"
-                )
-        elif key not in state:
-            state[key] = _fresh(parameter, group, name, key, info)
+            fresh[key] = info
+        elif key.partition("/")[0] not in state:
+            fresh[key] = _fresh(parameter, group, name, key, info)
+    state |= _nested(fresh)
+
+
+def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree whose leaves have these paths; what is numbered from 0 on is a list."""
+    found: dict[str, Any] = {}
+    for path, value in leaves.items():
+        *folders, last = path.split("/")
+        place = found
+        for each in folders:
+            place = place.setdefault(each, {})
+        place[last] = value
+    return {key: _listed(value) for key, value in found.items()}
+
+
+def _listed(tree: Any) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    inner = {key: _listed(value) for key, value in tree.items()}
+    if set(inner) == {str(number) for number in range(len(inner))}:
+        return [inner[str(number)] for number in range(len(inner))]
+    return inner
+
+
+def grouped(models: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer]) -> set[str]:
+    """Names of all parameters that optimizers hold."""
+    names = parameter_names(models)
+    groups = (group for each in optimizers for group in each.param_groups)
+    return {name_in(names, parameter) for group in groups for parameter in group["params"]}
 
 
 def _fresh(parameter: Tensor, group: Mapping[str, Any], name: str, key: str, info: Info) -> Tensor:

@@ -72,13 +72,19 @@ class Folder(Protocol):
 
 def open_folder(where: Location) -> Folder:
     """The folder at a path, or at a URL that fsspec knows, such as 's3://bucket/run'."""
-    text = str(where).removeprefix("file://")
+    text = os.path.expanduser(str(where).removeprefix("file://"))
     if "://" not in text:
         return LocalFolder(text)
     import fsspec
 
     system, path = fsspec.core.url_to_fs(text)
     return ObjectFolder(text, system, path.rstrip("/"))
+
+
+def absolute(where: Location) -> str:
+    """The same place whatever the working directory will be."""
+    text = os.path.expanduser(str(where).removeprefix("file://"))
+    return text if "://" in text else os.path.abspath(text)
 
 
 def small(folder: Folder, name: str, most: int) -> bytes:

@@ -55,7 +55,7 @@ def open_checkpoint(where: Location) -> Source:
     def read(key: Key, box: Box, out: np.ndarray) -> None:
         fragments.read(stored.folder, [(key, box, out)], found.infos, found.fragments)
 
-    extra, ranks = extras(stored)
+    extra, ranks, modules = extras(stored)
     return Source(
         {key: info for key, info in found.infos.items() if key[1] != EXTRA},
         read,
@@ -67,6 +67,7 @@ def open_checkpoint(where: Location) -> Source:
         extra,
         found.origin,
         ranks,
+        modules,
     )
 
 
@@ -109,8 +110,8 @@ def _check_header(stored: Stored, name: str) -> None:
         )
 
 
-def extras(stored: Stored) -> tuple[Any, tuple[Any, ...]]:
-    """extra_state, and rank_state of each process, as they were saved."""
+def extras(stored: Stored) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """extra_state, rank_state of each process, and what modules keep, as they were saved."""
     found = stored.manifest
     infos = {key: info for key, info in found.infos.items() if key[1] == EXTRA}
     files = {part.file for key in infos for part in found.fragments[key]}
@@ -120,8 +121,12 @@ def extras(stored: Stored) -> tuple[Any, tuple[Any, ...]]:
     tensors: Mapping[str, Tensor] = {
         key[0]: as_tensor(array, infos[key].dtype) for key, array in arrays.items()
     }
-    extra = tree.decode(found.extra, tensors.__getitem__)
-    return extra, tuple(tree.decode(own, tensors.__getitem__) for own in found.ranks)
+
+    def whole_tree(plain: Any) -> Any:
+        return tree.decode(plain, tensors.__getitem__)
+
+    modules = {name: whole_tree(plain) for name, plain in found.modules.items()}
+    return whole_tree(found.extra), tuple(map(whole_tree, found.ranks)), modules
 
 
 def _none(name: str) -> Tensor:

@@ -1,6 +1,8 @@
 """The process that writes in the background: requests on standard input, answers on output.
 
-    python -m hakari.training.checkpoint.writer FILE_DESCRIPTOR_OF_SHARED_MEMORY
+    python -m hakari.training.checkpoint.writer SHARED_MEMORY PARENT
+
+(a file descriptor and a process)
 
 If the training process dies, what it had not acknowledged is given up. Nothing here needs
 torch, so the process is small.
@@ -14,6 +16,7 @@ import os
 import queue
 import sys
 import threading
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -27,14 +30,26 @@ from hakari.training.checkpoint.source import Info
 ALIGN = 64
 
 
-def main(memory: int) -> None:
-    """Answer requests until the input ends."""
+def main(memory: int, parent: int) -> None:
+    """Answer requests until the input ends, or the process that started this one has."""
     lines: queue.Queue[bytes] = queue.Queue()
-    gone = threading.Event()
-    threading.Thread(target=_listen, args=(lines, gone), daemon=True).start()
+    closed = threading.Event()
+    threading.Thread(target=_listen, args=(lines, closed), daemon=True).start()
     os.nice(5)  # training comes first
-    while (line := lines.get()) and line != b"end\n":
-        print(json.dumps(_answer(json.loads(line), memory, gone)), flush=True)
+
+    def gone() -> bool:  # a forked child of the training process may still hold the pipe
+        return closed.is_set() or os.getppid() != parent
+
+    while not gone():
+        try:
+            line = lines.get(timeout=1.0)
+        except queue.Empty:
+            continue
+        if line == b"end":
+            break
+        answer = json.dumps(_answer(json.loads(line), memory, gone))
+        os.write(sys.stdout.fileno(), answer.encode() + b"\n")
+    os._exit(0)  # the thread may hold the input's lock
 
 
 def layout(request: Request) -> tuple[list[int], int]:
@@ -46,6 +61,15 @@ def layout(request: Request) -> tuple[list[int], int]:
     return places, max(at, ALIGN)
 
 
+def to_json(request: Request) -> bytes:
+    """A request as one line."""
+    table = {
+        **vars(request),
+        "pieces": [(*key, info.dtype, info.shape, box) for key, info, box in request.pieces],
+    }
+    return json.dumps(table, separators=(",", ":")).encode() + b"\n"
+
+
 def request_from(table: dict[str, Any]) -> Request:
     """A request as it was before it was sent."""
 
@@ -53,27 +77,28 @@ def request_from(table: dict[str, Any]) -> Request:
         return tuple((start, stop) for start, stop in rows)
 
     pieces = tuple(
-        ((name, state), Info(tuple(info["shape"]), info["dtype"]), box(place))
-        for (name, state), info, place in table["pieces"]
+        ((name, state), Info(tuple(shape), dtype), box(place))
+        for name, state, dtype, shape, place in table["pieces"]
     )
     mine = tuple((index, box(place)) for index, place in table["mine"])
     return Request(**{**table, "pieces": pieces, "mine": mine})
 
 
-def _listen(lines: queue.Queue[bytes], gone: threading.Event) -> None:
-    ended = False
-    for line in sys.stdin.buffer:
-        lines.put(line)
-        ended = ended or line == b"end\n"
-    if not ended:
-        gone.set()
-    lines.put(b"")
+def _listen(lines: queue.Queue[bytes], closed: threading.Event) -> None:
+    rest = b""
+    while data := os.read(sys.stdin.fileno(), 2**20):
+        *whole, rest = (rest + data).split(b"\n")
+        for line in whole:
+            lines.put(line)
+            if line == b"end":
+                return
+    closed.set()
 
 
-def _answer(table: dict[str, Any], memory: int, gone: threading.Event) -> dict[str, str]:
+def _answer(table: dict[str, Any], memory: int, gone: Callable[[], bool]) -> dict[str, str]:
     request = request_from(table)
     try:
-        return {"path": carry_out(request, _values(request, memory), gone.is_set)}
+        return {"path": carry_out(request, _values(request, memory), gone)}
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         return {"error": f"{type(error).__name__}: {error}"}
 
@@ -90,4 +115,4 @@ def _values(request: Request, memory: int) -> list[np.ndarray]:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), int(sys.argv[2]))
