@@ -284,8 +284,8 @@ def _made_on_all(
         )
     if kind and strict and not saved and _has_states(stored.manifest):
         raise ValueError(
-            f"{stored.folder.where} does not say of which class its optimizer was: state it with "
-            f"hakari checkpoint convert --optimizer {kind}, or pass strict=False"
+            f"{stored.folder.where} does not say of which class its optimizer was: pass "
+            f"strict=False if it was {kind} too"
         )
     with ExitStack() as stack:
         error = None
