@@ -19,7 +19,10 @@ def ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
         ProcessPoolExecutor(size, get_context("spawn")) as pool,
     ):
         calls = [pool.submit(on_rank, rank, size, meeting, work, arguments) for rank in range(size)]
-        return [call.result(timeout=300) for call in calls]
+        errors = [error for call in calls if (error := call.exception(timeout=300))]
+        if errors:  # the first cause, not the peers' "connection reset" that follows from it
+            raise min(errors, key=lambda error: "peer" in str(error))
+        return [call.result() for call in calls]
 
 
 def on_rank(
@@ -31,6 +34,8 @@ def on_rank(
         "gloo", init_method=f"file://{meeting}/store", rank=rank, world_size=size
     )
     try:
-        return work(*arguments)
+        result = work(*arguments)
+        dist.barrier()  # who leaves with data unread resets the connection under its peers
+        return result
     finally:
         dist.destroy_process_group()
