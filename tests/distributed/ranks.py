@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -35,7 +37,19 @@ def on_rank(
     )
     try:
         result = work(*arguments)
-        dist.barrier()  # who leaves with data unread resets the connection under its peers
+        meet(Path(meeting), rank, size)
         return result
-    finally:
+    finally:  # after an error at once, so that the peers do not wait for this rank
         dist.destroy_process_group()
+
+
+def meet(folder: Path, rank: int, size: int, name: str = "end", timeout: float = 120.0) -> None:
+    """Wait for every rank, by files: before a process group is left.
+
+    A collective cannot do it: the first rank out of it may close a connection that holds data
+    which its peer has not read, and the peer sees "connection reset".
+    """
+    (folder / f"{name}-{rank}").touch()
+    until = time.monotonic() + timeout
+    while time.monotonic() < until and len(list(folder.glob(f"{name}-*"))) < size:
+        time.sleep(0.01)

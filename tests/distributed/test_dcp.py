@@ -33,7 +33,7 @@ from hakari.training.checkpoint.foreign.dcp_container import open_container
 from hakari.training.checkpoint.foreign.dcp_writing import write_dcp
 from hakari.training.checkpoint.source import WEIGHT
 from hakari.training.checkpoint.tensors import as_bits
-from tests.distributed.ranks import ranks
+from tests.distributed.ranks import meet, ranks
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"
@@ -135,8 +135,10 @@ def everything(folder: str) -> dict[str, tuple[Any, dict[str, list[Any]]]]:
 
 def in_world(size: int, folder: str) -> bool:
     """Go on as one of `size` processes. Whether this is one of them."""
-    rank = dist.get_rank()
-    if size < dist.get_world_size() and rank < size:
+    rank, now = dist.get_rank(), dist.get_world_size()
+    if size < now:
+        meet(Path(folder), rank, now, f"left-{now}")
+    if size < now and rank < size:
         dist.destroy_process_group()
         meeting = f"file://{folder}/world-of-{size}"
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
