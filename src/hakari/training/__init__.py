@@ -26,7 +26,12 @@ if TYPE_CHECKING:
     from hakari.training.moe.router import Routing, route
     from hakari.training.noise import token_keys, uniforms
     from hakari.training.optimizer import clip, gradient_norm, learning_rate, make_optimizer
-    from hakari.training.parallel import make_mesh, parallelize, start_processes
+    from hakari.training.parallel import (
+        leave_processes,
+        make_mesh,
+        parallelize,
+        start_processes,
+    )
     from hakari.training.shards import Tokens, open_shards
     from hakari.training.shards import prepare as prepare_shards
     from hakari.training.sizing import Size, size
@@ -65,6 +70,7 @@ __all__ = [
     "grouped_matmul",
     "initialise",
     "learning_rate",
+    "leave_processes",
     "load_config",
     "load_hugging_face",
     "make_mesh",
@@ -108,7 +114,7 @@ if not TYPE_CHECKING:  # type checkers see the imports above
             "moe.router": "Routing route",
             "noise": "token_keys uniforms",
             "optimizer": "clip gradient_norm learning_rate make_optimizer",
-            "parallel": "make_mesh parallelize start_processes",
+            "parallel": "leave_processes make_mesh parallelize start_processes",
             "shards": "Tokens open_shards prepare_shards=prepare",
             "sizing": "Size size",
             "step": "Outcome Trainer make_work prepare train_step validate",

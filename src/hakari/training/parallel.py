@@ -9,8 +9,9 @@ load makes one wait for another and no token is dropped (mixture-of-experts.md s
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 from torch import nn
@@ -42,6 +43,22 @@ def start_processes(device: str) -> None:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+
+
+def leave_processes() -> None:
+    """Leave the process group once every process has come here (or ten seconds have passed).
+
+    They meet at the store: the first one out of a last collective may close a connection with
+    data that its peer has not read, and the peer would end in "connection reset".
+    """
+    size = dist.get_world_size()
+    store = dist.distributed_c10d._get_default_store()
+    with suppress(RuntimeError):  # the owner of the store may be gone
+        store.add("hakari/leaving", 1)
+        until = time.monotonic() + 10
+        while store.add("hakari/leaving", 0) < size and time.monotonic() < until:
+            time.sleep(0.01)
+    dist.destroy_process_group()
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from hakari.training.config import Config
 from hakari.training.hardware import pick_device
 from hakari.training.metrics import read
 from hakari.training.moe.health import CollapseError
-from hakari.training.parallel import check, make_mesh, start_processes
+from hakari.training.parallel import check, leave_processes, make_mesh, start_processes
 from hakari.training.shards import Tokens
 from hakari.training.sizing import GIB, Size, first_line, free_bytes, size
 from hakari.training.text import STDLIB
@@ -66,23 +66,30 @@ def answer(file: Path | None, changes: Sequence[str], out: Path | None, resume: 
     start_processes(device.type)
     try:
         folder = resume or _new_run(Path(str(file)).stem, out)
-        try:
-            finished = run_training(wanted, folder, device)
-        except (FloatingPointError, CollapseError) as error:
-            again = " (unchanged settings would repeat it)" if _way_on(folder) else ""
-            raise ValueError(f"{error}{_way_on(folder)}{again}") from error
-        except KeyboardInterrupt:
-            said = _way_on(folder) or "; nothing was saved"
-            print(f"hakari: interrupted{said}", file=sys.stderr)
-            return INTERRUPTED
-        finally:
-            if dist.get_rank() == 0 and not resume:
-                _forget(folder)
-        if dist.get_rank() == 0:
-            _close(folder, finished)
-        return 0 if finished else INTERRUPTED
-    finally:
+        status = _until_closed(wanted, folder, device, new=not resume)
+    except BaseException:
         dist.destroy_process_group()
+        raise
+    leave_processes()
+    return status
+
+
+def _until_closed(wanted: Config, folder: Path, device: torch.device, new: bool) -> int:
+    try:
+        finished = run_training(wanted, folder, device)
+    except (FloatingPointError, CollapseError) as error:
+        again = " (unchanged settings would repeat it)" if _way_on(folder) else ""
+        raise ValueError(f"{error}{_way_on(folder)}{again}") from error
+    except KeyboardInterrupt:
+        said = _way_on(folder) or "; nothing was saved"
+        print(f"hakari: interrupted{said}", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        if dist.get_rank() == 0 and new:
+            _forget(folder)
+    if dist.get_rank() == 0:
+        _close(folder, finished)
+    return 0 if finished else INTERRUPTED
 
 
 def run_training(wanted: Config, folder: Path, device: torch.device, watch: bool = True) -> bool:
