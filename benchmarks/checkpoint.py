@@ -483,14 +483,33 @@ def plot(report: Answer, path: Path) -> None:
     """Seconds of each library: save, background save, loads, conversion."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4), layout="constrained")
+    panels = _panels(report)
+    columns = -(-len(panels) // 2)
+    figure = Figure(figsize=(4.2 * columns, 4.6), layout="constrained")
+    grid = figure.subplots(2, columns, squeeze=False).ravel()
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    for axes, (title, bars) in zip(grid, panels.items(), strict=False):
+        colours = ["C3" if name.startswith("hakari") else "0.6" for name in bars]
+        drawn = axes.barh([*bars], [*bars.values()], color=colours)
+        axes.bar_label(drawn, fmt="%.2f s", padding=2, fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlim(right=1.3 * max(bars.values()))
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("seconds", fontsize=8)
+        axes.tick_params(labelsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def _panels(report: Answer) -> dict[str, dict[str, float]]:
+    """Title of a panel -> library -> median seconds."""
     panels: dict[str, dict[str, float]] = {}
     if "save" in report:
         rounds = report["save"]["rounds"]
         for title, part, names in (
             ("save, until on disk", "total", ("hakari", "DCP", "torch.save", "safetensors")),
             (
-                "background: what training waits",
+                "save in the background: training waits",
                 "blocking",
                 ("hakari, background", "DCP, background", "copy"),
             ),
@@ -506,17 +525,7 @@ def plot(report: Answer, path: Path) -> None:
             name: median(found[name] for found in report["convert"]["rounds"])
             for name in ("hakari", "hakari, started", "ds_to_universal", "cp")
         }
-    for axes, (title, bars) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-    ):
-        colours = ["C3" if name.startswith("hakari") else "0.6" for name in bars]
-        drawn = axes.barh([*bars], [*bars.values()], color=colours)
-        axes.bar_label(drawn, fmt="%.2f s", padding=2, fontsize=8)
-        axes.invert_yaxis()
-        axes.set_xlim(right=1.25 * max(bars.values()))
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel("seconds")
-    figure.savefig(path, dpi=130)
+    return panels
 
 
 if __name__ == "__main__":
