@@ -27,7 +27,10 @@ TARGET = Group.create_ordered(
 )
 SHOWN = Group.create_ordered("Output", help="For example: --filter 'layers.0.*' --json")
 
-Form = Literal["hakari", "hugging-face", "dcp", "megatron", "deepspeed", "deepspeed-universal"]
+Written = Literal["hakari", "hugging-face", "dcp", "megatron", "deepspeed", "deepspeed-universal"]
+Form = Literal[
+    "hakari", "hugging-face", "dcp", "megatron", "deepspeed", "deepspeed-universal", "atoms"
+]
 Path = Annotated[str, Parameter(group=INPUT)]
 Where = Annotated[str, Parameter(group=TARGET)]
 From = Annotated[Form | None, Parameter(name="--from", group=INPUT)]
@@ -36,7 +39,8 @@ All = Annotated[bool, Parameter(name="--all", negative="", group=SHOWN)]
 Json = Annotated[bool, Parameter(name="--json", negative="", group=SHOWN)]
 Rules = Annotated[str | None, Parameter(group=INPUT)]
 Values = Annotated[
-    tuple[str, ...], Parameter(name="--set", group=INPUT, negative="", show_default=False)
+    tuple[str, ...],
+    Parameter(name="--set", group=INPUT, negative="", consume_multiple=True, show_default=False),
 ]
 Budget = Annotated[str, Parameter(group=TARGET)]
 Workers = Annotated[int, Parameter(group=TARGET)]
@@ -155,7 +159,8 @@ def convert(
     rules: Rules = None,
     set_: Values = (),
     pipeline: Annotated[int, Parameter(group=INPUT)] = 1,
-    to: Annotated[Form, Parameter(group=TARGET)] = "hakari",
+    optimizer: Annotated[str | None, Parameter(group=INPUT)] = None,
+    to: Annotated[Written, Parameter(group=TARGET)] = "hakari",
     target_rules: Annotated[str | None, Parameter(group=TARGET)] = None,
     dtype: Annotated[
         Literal["bf16", "fp16", "fp32", "fp64"] | None, Parameter(group=TARGET)
@@ -184,21 +189,27 @@ def convert(
     tag: str
         Of a DeepSpeed save, instead of the one that its file `latest` names.
     rules: str
-        File of rules, or the name of rules that come with hakari, that make whole tensors, or
-        other names, of what the source holds: needed for tensor-parallel DeepSpeed saves.
+        File of rules that make whole tensors, or other names, of what the source holds, needed
+        for tensor-parallel DeepSpeed saves; or a name of those that come along: hakari,
+        llama-fused-qkv, megatron-deepspeed, megatron-gpt, megatron-gpt-layers.
     set_: tuple
-        Repeatable. A number that the rules need: --set kv_heads=8.
+        Numbers that the rules need, after the paths: --set heads=32 kv_heads=8, or --set for
+        each of them.
     pipeline: int
         Pipeline stages of a DeepSpeed save.
+    optimizer: str
+        Class of the optimizer, such as AdamW, where the source does not say it.
     to: str
-        Format to write.
+        Format to write; `export` writes atoms.
     target_rules: str
         Rules as for --rules, backwards: from whole tensors to the target's names and layout.
+        Needed for megatron.
     dtype: str
         Round floating-point weights to this type; optimizer states stay as they are.
     config: str
-        For hugging-face: folder of the model, whose config.json and tokenizer are taken over
-        (default: the source, where it is one). For deepspeed: a save of the run that shall load.
+        Folder of the model (default: the source, where it is one): its config.json tells the
+        numbers that rules need and --set does not give; for hugging-face it and the tokenizer
+        are taken over. For deepspeed: a save of the run that shall load.
     processes: int
         Of the run that shall load, for --to deepspeed.
     stage: int
@@ -210,7 +221,7 @@ def convert(
     """
     from hakari.training.checkpoint import command, formats
 
-    read = command.Reading(source, form, tag, rules, _numbers(set_), pipeline)
+    read = command.Reading(source, form, tag, rules, _numbers(set_), pipeline, optimizer)
     target_form = formats.Target(
         to,
         DTYPES[dtype] if dtype else None,
@@ -239,6 +250,9 @@ def export(
 ) -> int:
     """Write each tensor whole into plain safetensors files, named STATE/NAME.
 
+    What is no tensor (step, options of the optimizer, extra state) is left out, which a line on
+    stderr says. The other commands read the result as the format atoms.
+
     Parameters
     ----------
     path: str
@@ -250,7 +264,7 @@ def export(
     tag: str
         Of a DeepSpeed save, instead of the one that its file `latest` names.
     layout: str
-        grouped (files of up to 512 MiB), or one-file-per-parameter: NAME/STATE.safetensors.
+        grouped (files of up to 1 GiB), or one-file-per-parameter: NAME/STATE.safetensors.
     budget: str
         Tensor data that are held at once, such as 512MB or 2GB.
     workers: int
@@ -272,7 +286,7 @@ def prune(
 ) -> int:
     """Remove old checkpoints of hakari, and say which; never the last whole one.
 
-    A checkpoint counts as whole if its manifest is right and its files have their sizes.
+    A checkpoint counts as whole if every byte of it is what was written; all of those are read.
 
     Parameters
     ----------

@@ -16,7 +16,8 @@ from torch import nn
 
 from hakari import checkpoint_cli
 from hakari.training.checkpoint import convert, load, save, storage
-from hakari.training.checkpoint.formats import FORMATS
+from hakari.training.checkpoint.formats import FORMATS, WRITTEN
+from hakari.training.checkpoint.language.rules import shipped_names
 
 from .conftest import hakari
 
@@ -83,10 +84,11 @@ def test_help_lists_the_commands(tmp_path):
 def test_help_of_convert_shows_every_option(tmp_path):
     shown = hakari("checkpoint", "convert", "--help", cwd=tmp_path).stdout
     options = ["to", "from", "rules", "target-rules", "set", "tag", "dtype", "config"]
-    options += ["processes", "stage", "pipeline", "budget", "workers"]
+    options += ["processes", "stage", "pipeline", "budget", "workers", "optimizer"]
     assert all(f"--{name} " in shown for name in options)
     assert shown.count("For example") == 2
-    assert all(name in shown for name in FORMATS)
+    assert all(name in shown for name in (*FORMATS, *shipped_names()))
+    assert "--set heads=32 kv_heads=8, or --set" in flat(shown.replace("│", ""))
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -100,6 +102,7 @@ def test_help_explains_every_option(name, type_in):
 
 def test_formats_are_those_that_there_are():
     assert checkpoint_cli.Form.__args__ == FORMATS
+    assert checkpoint_cli.Written.__args__ == WRITTEN
 
 
 # --- inspect ------------------------------------------------------------------------------
@@ -410,7 +413,9 @@ def test_megatron_both_ways(type_in):
 
 
 def test_export(root, type_in, tmp_path):
-    assert type_in("checkpoint", "export", "root", "atoms") == (0, "atoms\n", "")
+    lost = "step 8, optimizer AdamW, the optimizer's options, extra state, rank states"
+    said = f"left out: {lost} (atoms are tensors alone)\n"
+    assert type_in("checkpoint", "export", "root", "atoms") == (0, "atoms\n", said)
     (file,) = (tmp_path / "atoms").iterdir()
     grouped = load_file(file)
     assert {"weight/0.weight", "exp_avg/1.bias", "step/1.bias"} <= grouped.keys()
@@ -474,7 +479,15 @@ MISTAKES = {
     "threads": (["convert", "root", "x", "--workers", "0"], "--workers 0: give at least 1"),
     "number": (["convert", "root", "x", "--set", "a=b"], "--set a=b: write NAME=NUMBER"),
     "rules": (["convert", "root", "x", "--rules", "magic"], "no rules are called 'magic'"),
-    "megatron": (["convert", "root", "x", "--to", "megatron"], "megatron is written by rules"),
+    "megatron": (
+        ["convert", "root", "x", "--to", "megatron"],
+        "give some (--target-rules), such as megatron-gpt; with hakari come hakari, llama-fused-",
+    ),
+    "optimizer": (
+        ["convert", "root", "x", "--optimizer", "torch.optim.AdamW"],
+        "--optimizer torch.optim.AdamW: write the name of its class, such as AdamW",
+    ),
+    "atoms": (["convert", "root", "x", "--to", "atoms"], "atoms"),
     "full": (["convert", "root", ".", "--to", "hugging-face"], ". is not empty"),
     "step": (["convert", "root", "root"], "root/step-00000008 exists"),
     "stage": (["convert", "root", "x", "--stage", "4"], "4"),

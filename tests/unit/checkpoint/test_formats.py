@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed import checkpoint as dcp
 
 from hakari.training.checkpoint import formats, open_checkpoint, save
+from hakari.training.checkpoint.foreign.optimizer_class import class_by_states
 from hakari.training.checkpoint.formats import (
     FORMATS,
     Target,
@@ -22,6 +23,7 @@ from hakari.training.checkpoint.formats import (
     open_any,
     write_any,
 )
+from hakari.training.checkpoint.source import Group
 from hakari.training.checkpoint.tensors import as_tensor
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -167,7 +169,9 @@ def test_wrong_words(tmp_path):
     source = open_any(tmp_path)
     with pytest.raises(ValueError, match="format 'tar' is none of hakari, hugging-face"):
         write_any(source, tmp_path / "x", Target("tar"))
-    with pytest.raises(ValueError, match="megatron is written by rules: give some"):
+    with pytest.raises(ValueError, match=r"'atoms' is none of .*\(atoms: by hakari checkpoint exp"):
+        write_any(source, tmp_path / "x", Target("atoms"))
+    with pytest.raises(ValueError, match=r"megatron is written by rules: give .* megatron-gpt,"):
         write_any(source, tmp_path / "x", Target("megatron"))
     with pytest.raises(ValueError, match=r"no rules are called 'magic': there are .*megatron-gpt"):
         open_any(tmp_path, rules="magic")
@@ -232,6 +236,27 @@ def test_weights_are_rounded_as_torch_does_and_states_are_not(tmp_path):
     assert values(open_any(tmp_path / "again")) == values(source)
     with pytest.raises(ValueError, match=r"cannot be rounded to 'I8': use one of F64, F32"):
         cast(source, "I8")
+
+
+FLAGS = {"decoupled_weight_decay": True, "amsgrad": False}
+CLASSES = [
+    ({"step", "exp_avg", "exp_avg_sq"}, [FLAGS, FLAGS], "AdamW"),
+    ({"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}, [FLAGS], "AdamW"),
+    ({"exp_avg", "exp_avg_sq"}, [FLAGS | {"decoupled_weight_decay": False}], "Adam"),
+    ({"exp_avg", "exp_avg_sq"}, [FLAGS, FLAGS | {"decoupled_weight_decay": False}], ""),
+    ({"exp_avg", "exp_avg_sq"}, [FLAGS, {"decoupled_weight_decay": True}], ""),
+    ({"exp_avg", "exp_avg_sq"}, [FLAGS | {"decoupled_weight_decay": None}], ""),
+    ({"exp_avg", "exp_avg_sq"}, [], ""),
+    ({"exp_avg"}, [FLAGS], ""),
+    ({"exp_avg", "exp_avg_sq", "mu_product"}, [FLAGS], ""),
+    (set(), [FLAGS], ""),
+]
+
+
+@pytest.mark.parametrize(("states", "options", "told"), CLASSES)
+def test_the_class_of_an_optimizer_is_told_only_where_no_other_has_the_same(states, options, told):
+    keys = [("w", state) for state in {"weight", *states}]
+    assert class_by_states(keys, [Group(each, ("w",)) for each in options]) == told
 
 
 def test_rules_rename_what_is_read_and_back_what_is_written(tmp_path):

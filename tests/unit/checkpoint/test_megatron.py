@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -272,6 +273,16 @@ def test_an_optimizer_of_another_format_becomes_megatrons(tmp_path: Path) -> Non
     table = read_torch(open_folder(tmp_path / "new"), "common.pt")["optimizer"]
     assert table["param_state_sharding_type"] == "fully_reshardable"
     assert table["optimizer"]["param_groups"] == [{"lr": 0.5, "step": 9}]
+
+
+def test_an_optimizer_that_tells_its_class_has_it() -> None:
+    names = tuple(dict.fromkeys(name for name, _ in truth()))
+    for flags, told in (({"decoupled_weight_decay": True, "amsgrad": False}, "AdamW"), ({}, "")):
+        source = held(truth() | steps(9), groups=(Group({"lr": 0.5, **flags}, names),))
+        with TemporaryDirectory() as folder:
+            write_megatron(source, folder, program("stacked"))
+            assert open_megatron(folder).optimizer == told
+            assert open_megatron(folder, program("stacked")).optimizer == told
 
 
 # --- refusals -----------------------------------------------------------------------------

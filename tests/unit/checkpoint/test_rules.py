@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from hakari.training import hugging_face
 from hakari.training.checkpoint.boxes import whole, within
 from hakari.training.checkpoint.language import rows
 from hakari.training.checkpoint.language.assembly import apply, invert
+from hakari.training.checkpoint.language.model_config import numbers_of
 from hakari.training.checkpoint.language.rules import (
     Block,
     Program,
@@ -23,7 +26,9 @@ from hakari.training.checkpoint.language.rules import (
     check,
     evaluate,
     load_rules,
+    need_numbers,
     shipped,
+    shipped_names,
 )
 from hakari.training.checkpoint.source import Group, Info, Source
 from hakari.training.config import Model, MoE
@@ -561,7 +566,7 @@ REFUSED = {
     "no value": (
         Rule("a", "a", size="heads * width"),
         {ONE: held({"a": [1]})},
-        "no value for heads: give it in config",
+        r"the rules need heads, width: give --set heads=\.\.\. or --config FOLDER \(in Python: c",
     ),
     "a state of another shape": (
         Rule("a", "a"),
@@ -591,6 +596,66 @@ def test_what_does_not_fit_is_refused_by_name(case: Any) -> None:
     rule, slices, message = case
     with pytest.raises(ValueError, match=message):
         weights(Program((rule,)), slices)
+
+
+def test_numbers_are_asked_for_all_at_once_and_only_where_they_are_needed() -> None:
+    """Of rules that match something; either way; by the names that config.json knows, first."""
+    rules = (
+        Rule(
+            "a", "x", size="width", pad="multiple * tp_size", on={"pp": ("pp_size - last + given",)}
+        ),
+        Rule("b", blocks=(Block("kv_heads * width", "k", unit="unit"),), groups="heads"),
+        Rule("never", "never", size="unused", optional=True),
+    )
+    program = Program(rules, {"given": 2}, name="own.toml")
+    message = (
+        r"^rules own\.toml need heads, kv_heads, width, multiple, last, unit: give --set "
+        r"heads=\.\.\. or --config FOLDER \(in Python: config\)$"
+    )
+    with pytest.raises(ValueError, match=message):
+        apply(program, {ONE: held({"a": [1], "b": [1]})})
+    with pytest.raises(ValueError, match=message):
+        invert(program, held({"x": [1], "k": [1]}))
+    alone = Program((Rule("a", "a", size="width"),))
+    with pytest.raises(ValueError, match=r"^the rules need width: give --set width=\.\.\. \(in Py"):
+        apply(alone, {ONE: held({"a": [1]})})
+    with pytest.raises(ValueError, match=r"no value for width: give it in config \(has \['a'\]\)"):
+        evaluate("a * width", {"a": 1})
+
+
+def test_the_documentation_has_every_key_and_what_every_shipped_file_needs() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    files, keys = page.split("### Rule files")[1].split("| key | says |")
+    assert {*re.findall(r"^\| `(\w+)` \|", keys, re.MULTILINE)} == {f.name for f in fields(Rule)}
+    rows = dict(re.findall(r"^\| `([\w-]+)` \| .* \| (.*) \|$", files, re.MULTILINE))
+    assert {*rows} == {*shipped_names()}
+    rows["megatron-gpt-layers"] = rows["megatron-gpt"]  # the same
+    for name, needs in rows.items():
+        program = shipped(name)
+        try:
+            need_numbers(program, program.rules)
+            needed = []
+        except ValueError as error:
+            needed = str(error).split(" need ")[1].split(":")[0].split(", ")
+        assert {*re.findall(r"`(\w+)`", needs)} == {*needed}, name
+
+
+def test_numbers_of_a_models_configuration() -> None:
+    plain = {
+        "num_attention_heads": 6,
+        "hidden_size": 48,
+        "vocab_size": 100,
+        "tie": True,
+        "eps": 0.5,
+    }
+    expected = {"heads": 6, "kv_heads": 6, "head_dim": 8, "vocab": 100}
+    own = {"num_attention_heads": 6, "hidden_size": 48, "vocab_size": 100}
+    assert numbers_of(plain) == own | expected
+    assert numbers_of(plain | {"num_key_value_heads": 2})["kv_heads"] == 2
+    assert numbers_of(plain | {"head_dim": 16})["head_dim"] == 16
+    assert numbers_of(plain | {"head_dim": None})["head_dim"] == 8
+    assert "head_dim" not in numbers_of(plain | {"hidden_size": 50})
+    assert numbers_of({}) == {}
 
 
 def test_two_rules_for_one_atom_overlap() -> None:

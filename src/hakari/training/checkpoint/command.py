@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
-from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import (
@@ -20,10 +19,19 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table
 
-from hakari.terminal import INTERRUPTED, terminal, to_json
+from hakari.terminal import INTERRUPTED, to_json
 from hakari.training.checkpoint import inspection
+from hakari.training.checkpoint.command_tables import (
+    SHOWN,
+    inspected,
+    plain,
+    show_checkpoint,
+    show_difference,
+    show_report,
+    show_root,
+    size_text,
+)
 from hakari.training.checkpoint.conversion import empty_folder, export_atoms
 from hakari.training.checkpoint.foreign.hugging_face_folder import CONFIG
 from hakari.training.checkpoint.formats import (
@@ -34,22 +42,17 @@ from hakari.training.checkpoint.formats import (
     open_any,
     write_any,
 )
-from hakari.training.checkpoint.inspection import Difference, Inspection, Root
 from hakari.training.checkpoint.retention import clear_leftovers, named, removable, remove, steps
 from hakari.training.checkpoint.retention import leftovers as leftovers_of
-from hakari.training.checkpoint.source import WEIGHT, Info, Source
+from hakari.training.checkpoint.source import WEIGHT, Source
 from hakari.training.checkpoint.storage import open_folder
-from hakari.training.checkpoint.verification import Report
 from hakari.training.checkpoint.verification import verify as read_all
 from hakari.training.interrupt import graceful_stop
-
-SHOWN = 20
-"""Rows of a long table that are shown without --all."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What to read, and how: as of `open_any`."""
+    """What to read, and how: as of `open_any`. optimizer: its class, where that is known better."""
 
     where: str
     form: str | None = None
@@ -57,17 +60,21 @@ class Reading:
     rules: str | None = None
     values: Mapping[str, int] = field(default_factory=dict)
     stages: int = 1
+    optimizer: str | None = None
+    config: str | None = None
 
     def open(self) -> Source:
         """The source. Raises as `open_any`."""
-        return open_any(
+        source = open_any(
             self.where,
             self.form,
             tag=self.tag,
             rules=self.rules,
             values=self.values,
             stages=self.stages,
+            config=self.config,
         )
+        return source if self.optimizer is None else _stated(source, self.optimizer)
 
 
 def inspect(
@@ -82,12 +89,12 @@ def inspect(
     if found and pattern and not any(fnmatchcase(p.name, pattern) for p in found.parameters):
         raise ValueError(f"no parameter's name matches {pattern!r}")
     if json:
-        print(to_json({"root": _plain(root), "checkpoint": found and _inspected(found, pattern)}))
+        print(to_json({"root": plain(root), "checkpoint": found and inspected(found, pattern)}))
         return 0
     if root:
-        _show_root(root)
+        show_root(root)
     if found:
-        _show(found, pattern, every)
+        show_checkpoint(found, pattern, every)
     return 0
 
 
@@ -108,7 +115,7 @@ def verify(
         print(to_json([{**asdict(each), "whole": each.whole} for each in reports]))
     else:
         for report in reports:
-            _show_report(report)
+            show_report(report)
     return 0 if all(each.whole for each in reports) else 1
 
 
@@ -117,9 +124,9 @@ def diff(first: str, second: str, every: bool, json: bool) -> int:
     with _bar("compare", None) as told:
         found = inspection.diff(first, second, progress=told)
     if json:
-        print(to_json({"same": found.same, **_plain(found)}))
+        print(to_json({"same": found.same, **plain(found)}))
     else:
-        _show_difference(found, first, second, None if every else SHOWN)
+        show_difference(found, first, second, None if every else SHOWN)
     return 0 if found.same else 1
 
 
@@ -127,12 +134,10 @@ def convert(reading: Reading, where: str, target: Target, budget: int, workers: 
     """Write a checkpoint in another format; returns the exit status."""
     _positive("workers", workers)
     form = _form(reading.where, reading.form, reading.tag)
+    reading, target = _with_config(reading, form, target)
     source = reading.open()
-    config = target.config
     if target.form == "hugging-face":
-        config = config or _own_config(reading.where, form)
-        _warn_of_losses(source, config)
-    target = Target(**{**vars(target), "config": config})
+        _warn_of_losses(source, target.config)
     total = sum(i.bytes for k, i in source.tensors.items() if _is_written(k[1], target.form))
     again = target.form == "hakari"
     rules = [rules for rules in (reading.rules, target.rules) if rules]
@@ -161,6 +166,10 @@ def export(
             if ".." in name or name.startswith("/") or "\\" in name:
                 raise ValueError(f"{name!r} cannot be a file name: use --layout grouped")
 
+    empty_folder(where)
+    if lost := _left_by_atoms(source):
+        print(f"left out: {', '.join(lost)} (atoms are tensors alone)", file=sys.stderr)
+
     def write(told: Callable[[int], None]) -> str:
         export_atoms(source, where, layout=layout, budget=budget, workers=workers, progress=told)
         return where
@@ -180,7 +189,7 @@ def prune(where: str, keep: int | None, leftovers: bool, dry_run: bool) -> int:
     for name in old:
         if not dry_run:
             remove(root, name)
-        print(f"{verb} {name} ({_bytes(sizes[name])})")
+        print(f"{verb} {name} ({size_text(sizes[name])})")
     lost = leftovers_of(where) if leftovers else []
     if not dry_run and leftovers:
         clear_leftovers(where)
@@ -265,6 +274,27 @@ def _is_written(state: str, form: str) -> bool:
     return form != "hugging-face" or state == WEIGHT
 
 
+def _stated(source: Source, optimizer: str) -> Source:
+    """A source whose optimizer is of the class that the user says."""
+    names = sorted({*optimizer.split("+")})
+    if not all(name.isidentifier() for name in names):
+        raise ValueError(f"--optimizer {optimizer}: write the name of its class, such as AdamW")
+    if not source.groups and all(state == WEIGHT for _, state in source.tensors):
+        raise ValueError(f"--optimizer {optimizer}: the source has no state of an optimizer")
+    if source.optimizer not in ("", "+".join(names)):
+        said = f"the source says that its optimizer is {source.optimizer}; now it is {optimizer}"
+        print(said, file=sys.stderr)
+    return replace(source, optimizer="+".join(names))
+
+
+def _with_config(reading: Reading, form: str, target: Target) -> tuple[Reading, Target]:
+    """Both with the folder that has the model's config.json: the one given, or the source."""
+    if target.form.startswith("deepspeed"):  # there it is a save
+        return reading, target
+    config = str(target.config) if target.config else _own_config(reading.where, form)
+    return replace(reading, config=config), replace(target, config=config)
+
+
 def _own_config(where: str, form: str) -> str | None:
     there = form == "hugging-face" and CONFIG in open_folder(where).entries()
     return where if there else None
@@ -279,6 +309,26 @@ def _warn_of_losses(source: Source, config: object) -> None:
         print("no config.json: give --config FOLDER for transformers to open it", file=sys.stderr)
 
 
+def _left_by_atoms(source: Source) -> list[str]:
+    """What a source has, and atoms do not hold."""
+    extra, ranks = source.extra, any(own is not None for own in source.ranks)
+    numbers = dict.fromkeys(state for _, state in source.scalars)
+    return [
+        said
+        for there, said in (
+            (source.step is not None, f"step {source.step}"),
+            (numbers, f"plain numbers ({', '.join(numbers)})"),
+            (source.optimizer, f"optimizer {source.optimizer}"),
+            (source.groups, "the optimizer's options"),
+            (source.tied, f"ties ({'; '.join(' = '.join(names) for names in source.tied)})"),
+            (extra if isinstance(extra, Mapping) else extra is not None, "extra state"),
+            (ranks, "rank states"),
+            (source.modules, "what modules keep"),
+        )
+        if there
+    ]
+
+
 def _size(folders: Sequence[str], form: str) -> int | None:
     """Bytes to read, where that is quickly known."""
     if form not in ("hakari", ROOT):
@@ -287,164 +337,3 @@ def _size(folders: Sequence[str], form: str) -> int | None:
         return sum(inspection.inspect(each, form).bytes for each in folders)
     except (OSError, ValueError):  # it is what `verify` will tell
         return None
-
-
-# --- showing ------------------------------------------------------------------------------
-
-
-def _show_root(root: Root) -> None:
-    table = _table(root.where, "step", "size", "made", "")
-    for each in root.steps:
-        newest = root.latest is not None and root.latest.endswith(named(each.step))
-        said = ("" if each.whole else "damaged ") + ("latest" if newest else "")
-        table.add_row(f"{each.step:,}", _bytes(each.bytes), each.made or "", said)
-    out = terminal()
-    out.print(table)
-    for name in root.leftovers:
-        out.print(f"never completed: {name} (hakari checkpoint prune --leftovers removes it)")
-    if root.problem:
-        out.print(root.problem)
-    out.print()
-
-
-def _show(found: Inspection, pattern: str | None, every: bool) -> None:
-    out = terminal()
-    table = _table(found.where, "", "")
-    for head, text in _facts(found):
-        table.add_row(head, text)
-    out.print(table)
-    for number, group in enumerate(found.groups):
-        options = ", ".join(f"{name} {_text(value)}" for name, value in group.options.items())
-        out.print(f"group {number}: {len(group.members)} parameters; {options}")
-    rows = [p for p in found.parameters if pattern is None or fnmatchcase(p.name, pattern)]
-    listed = _table("", "parameter", "shape", "dtype", "size", "states")
-    most = None if every or pattern else SHOWN
-    for p in rows[:most]:
-        states = " ".join(
-            s if i.dtype == p.dtype else f"{s}:{i.dtype}" for s, i in p.states.items()
-        )
-        listed.add_row(p.name, "x".join(map(str, p.shape)) or "-", p.dtype, _bytes(p.bytes), states)
-    out.print(listed)
-    if most is not None and len(rows) > most:
-        out.print(f"and {len(rows) - most} more: --all lists them, --filter 'layers.0.*' some")
-
-
-def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
-    elements = sum(prod(p.shape) for p in found.parameters)
-    files = "" if found.files is None else f" in files: {found.files}"
-    yield "format", found.form
-    yield "step", "unknown" if found.step is None else f"{found.step:,}"
-    yield "size", f"{_bytes(found.bytes)}{files}, tensors: {found.tensors}"
-    yield "parameters", f"{len(found.parameters)} with {elements:,} elements"
-    if found.made:
-        yield "made", f"{found.made} (its newest file)"
-    for name, value in found.origin.items():
-        if value not in (None, "", {}, []):
-            yield name, _text(value)
-    if found.optimizer:
-        yield "optimizer", found.optimizer
-    for names in found.tied:
-        yield "tied", ", ".join(names)
-    if found.scalars:
-        yield "numbers", f"{found.scalars} states that are plain numbers"
-    if found.extra:
-        yield "extra state", ", ".join(found.extra)
-    if any(found.ranks):
-        yield "states of ranks", f"{len(found.ranks)}: {', '.join(found.ranks[0]) or 'none'}"
-
-
-def _show_report(report: Report) -> None:
-    out = terminal()
-    for damage in report.damage:
-        out.print(str(damage), soft_wrap=True)
-    for name in report.unlisted:
-        out.print(f"{name}: belongs to no tensor (not of this checkpoint)", soft_wrap=True)
-    out.print(f"{report.where}: {report}", soft_wrap=True)
-
-
-def _show_difference(found: Difference, first: str, second: str, most: int | None) -> None:
-    out = terminal()
-    for title, keys in ((first, found.only_first), (second, found.only_second)):
-        _list(f"only in {title}", ["tensor", "state"], keys, most)
-    kinds = [(*key, _kind(one), _kind(two)) for key, one, two in found.kinds]
-    _list("shape or element type", ["tensor", "state", first, second], kinds, most)
-    values = [
-        (v.parameter, v.state, f"{v.elements:,}", f"{v.largest:.3g}", f"{v.relative:.3g}")
-        for v in found.values
-    ]
-    heads = ["tensor", "state", "elements", "max |a - b|", "||a - b|| / ||a||"]
-    _list("values", heads, values, most)
-    _list("what is no tensor", ["", first, second], found.rest, most)
-    out.print(f"{found.equal} tensors are equal" + ("; no difference" if found.same else ""))
-
-
-def _list(
-    title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], most: int | None
-) -> None:
-    rows = list(rows)
-    if not rows:
-        return
-    table = _table(f"{title}: {len(rows)}", *heads)
-    for row in rows[:most]:
-        table.add_row(*row)
-    out = terminal()
-    out.print(table)
-    if most is not None and len(rows) > most:
-        out.print(f"and {len(rows) - most} more: --all lists them")
-    out.print()
-
-
-def _table(title: str, *heads: str) -> Table:
-    table = Table(
-        title=title or None,
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        padding=(0, 2, 0, 0),
-        show_header=any(heads),
-    )
-    for head in heads:
-        table.add_column(head, overflow="fold", justify="right" if head == "size" else "left")
-    return table
-
-
-def _kind(info: Info) -> str:
-    return f"{info.dtype} {[*info.shape]}"
-
-
-def _text(value: Any) -> str:
-    """A tree of plain values on one line."""
-    if isinstance(value, Mapping):
-        return " ".join(f"{key}={_text(item)}" for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return "(" + ", ".join(map(_text, value)) + ")"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:,.2f} {unit}"
-    return f"{count} B"
-
-
-def _inspected(found: Inspection, pattern: str | None) -> dict[str, Any]:
-    table: dict[str, Any] = _plain(found)
-    return table | {
-        "parameters": [
-            row
-            for row in table["parameters"]
-            if pattern is None or fnmatchcase(row["name"], pattern)
-        ]
-    }
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses and trees as what JSON has; anything else as its text."""
-    if hasattr(value, "__dataclass_fields__"):
-        return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value if value is None or isinstance(value, str | int | float | bool) else str(value)

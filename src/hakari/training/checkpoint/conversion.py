@@ -34,6 +34,9 @@ from hakari.training.checkpoint.tensors import TORCH, as_bits, as_tensor, name_o
 FILE, LEAST = 2**30, 2**26
 """Bytes of data in a file: 1 GiB at most, and less where that leaves work for several workers."""
 
+ATOMS = "atoms"
+"""Key under which the headers of atoms say how many files there are, and which states."""
+
 Progress = Callable[[int], None] | None
 
 
@@ -88,9 +91,9 @@ def export_atoms(
 ) -> list[str]:
     """Write each tensor whole, as plain safetensors named STATE/NAME; returns the files.
 
-    grouped: files of up to 512 MiB. one-file-per-parameter: as DeepSpeed's universal format has
-    it, NAME/STATE.safetensors. Raises FileExistsError for a folder that is not empty,
-    ValueError for a name that could leave it.
+    grouped: files of up to 1 GiB. one-file-per-parameter: as DeepSpeed's universal format has
+    it, NAME/STATE.safetensors. Each says how many files there are, and which states. Raises
+    FileExistsError for a folder that is not empty, ValueError for a name that could leave it.
     """
     folder = empty_folder(where)
     keys = sorted(source.tensors)
@@ -101,19 +104,13 @@ def export_atoms(
     else:
         groups = {safe(f"{key[0]}/{key[1]}.safetensors"): [key] for key in keys}
     step = max(2**20, budget // (2 * workers))
+    about = {"files": len(groups), "states": sorted({state for _, state in keys})}
 
     def write(name: str) -> None:
-        entries = [
-            entry(
-                source,
-                key,
-                label(key, source.tensors[key], whole(source.tensors[key].shape)),
-                step,
-                progress,
-            )
-            for key in groups[name]
-        ]
-        write_file(folder, name, entries, {})
+        infos = {key: source.tensors[key] for key in groups[name]}
+        titles = {key: label(key, info, whole(info.shape)) for key, info in infos.items()}
+        entries = [entry(source, key, title, step, progress) for key, title in titles.items()]
+        write_file(folder, name, entries, {ATOMS: json.dumps(about)})
 
     _each(write, [*groups], workers)
     folder.sync()

@@ -7,6 +7,7 @@ dcp                     .metadata and *.distcp of torch.distributed.checkpoint (
 megatron                metadata.json beside common.pt or .metadata; or a folder of iter_N
 deepspeed               latest and a folder with *_model_states.pt; or that folder
 deepspeed-universal     latest_universal and a folder with zero/; or that folder
+atoms                   atoms-00000.safetensors, ..., or NAME/STATE.safetensors; `export` writes it
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ import numpy as np
 from hakari.training.checkpoint.boxes import Box, extents
 from hakari.training.checkpoint.conversion import Progress, convert, converted
 from hakari.training.checkpoint.dtypes import bits
+from hakari.training.checkpoint.foreign.atoms import holds_atoms, open_atoms
 from hakari.training.checkpoint.foreign.hugging_face_folder import (
     FLOATS,
     INDEX,
     SINGLE,
     metadata,
     open_hugging_face,
+    read_config,
     write_hugging_face,
 )
 from hakari.training.checkpoint.manifest import COMMIT, MANIFEST
@@ -40,12 +43,14 @@ from hakari.training.checkpoint.stored import open_checkpoint
 if TYPE_CHECKING:
     from hakari.training.checkpoint.language.rules import Program
 
-FORMATS = ("hakari", "hugging-face", "dcp", "megatron", "deepspeed", "deepspeed-universal")
+WRITTEN = ("hakari", "hugging-face", "dcp", "megatron", "deepspeed", "deepspeed-universal")
+FORMATS = (*WRITTEN, "atoms")
 ROOT = "hakari-root"
 LOOKED_FOR = (
     f"{COMMIT} or {LATEST} (hakari), {SINGLE} or {INDEX} (hugging-face), .metadata (dcp), "
     "metadata.json with common.pt (megatron), latest with *_model_states.pt (deepspeed), "
-    "latest_universal (deepspeed-universal)"
+    "latest_universal (deepspeed-universal), atoms-00000.safetensors or NAME/STATE.safetensors "
+    "(atoms)"
 )
 ITERATION = "latest_checkpointed_iteration.txt"
 MODEL_STATES = re.compile(r".*model_states\.pt")
@@ -68,9 +73,10 @@ class Target:
     """How a checkpoint is written, where its format leaves a choice.
 
     dtype: safetensors name, such as 'BF16', that floating-point weights are rounded to. config:
-    folder of a model's configuration (hugging-face), or a save of the run that shall load
-    (deepspeed). rules: a rule file, or the name of one that comes with hakari, inverted, for the
-    target's names and layout. values: for its expressions. stage, processes: of DeepSpeed.
+    folder of a model's configuration, or, for DeepSpeed's formats, a save of the run that shall
+    load. rules: a rule file, or the name of one that comes with hakari, inverted, for the target's
+    names and layout. values: for its expressions; what they and the file lack is taken from
+    config's config.json. stage, processes: of DeepSpeed.
     """
 
     form: str
@@ -90,18 +96,20 @@ def open_any(
     rules: str | None = None,
     values: Mapping[str, int] | None = None,
     stages: int = 1,
+    config: Location | None = None,
 ) -> Source:
     """Open a checkpoint of any format; form: its format, instead of the one that is detected.
 
     tag: of a DeepSpeed save. rules: a rule file, or the name of one that comes with hakari, that
     makes whole tensors, or other names, of what the checkpoint holds. values: for its expressions.
-    stages: pipeline stages of a DeepSpeed save. Raises ValueError or FileNotFoundError, as the
-    format's own function does.
+    stages: pipeline stages of a DeepSpeed save. config: folder of a model, whose config.json has
+    the numbers that neither values nor the rules have. Raises ValueError or FileNotFoundError, as
+    the format's own function does.
     """
     form = form or detect(where, tag)
     _refuse_tag(form, tag)
     if rules is not None:
-        return _ruled(where, form, tag, rules, values or {}, stages)
+        return _ruled(where, form, tag, _program(rules, values or {}, config), stages)
     return _opened(where, form, tag)
 
 
@@ -121,8 +129,11 @@ def write_any(
     for what the format cannot hold.
     """
     form = target.form
+    if form not in WRITTEN:
+        way = " (atoms: by hakari checkpoint export)" if form == "atoms" else ""
+        raise ValueError(f"format {form!r} is none of {', '.join(WRITTEN)}{way}")
     if target.rules is not None and form != "megatron":
-        source = _inverted(source, target.rules, target.values)
+        source = _inverted(source, target)
     if target.dtype is not None and form != "hugging-face":
         source = cast(source, target.dtype)
     both = {"budget": budget, "workers": workers}
@@ -137,10 +148,8 @@ def write_any(
         from hakari.training.checkpoint.foreign.dcp_writing import write_dcp
 
         write_dcp(source, where, budget=budget, progress=progress)
-    elif form == "megatron":
-        _write_megatron(source, where, target, budget, progress)
     else:
-        raise ValueError(f"format {form!r} is none of {', '.join(FORMATS)}")
+        _write_megatron(source, where, target, budget, progress)
     return str(where)
 
 
@@ -191,6 +200,7 @@ def _detected(where: Location, tag: str | None) -> str:
         or _deepspeed(folder, names, tag)
         or _safetensors(folder, names)
         or ("dcp" if ".metadata" in names else "")
+        or ("atoms" if holds_atoms(folder, names) else "")
     )
     if found:
         return found
@@ -278,6 +288,8 @@ def _opened(where: Location, form: str, tag: str | None) -> Source:
         from hakari.training.checkpoint.foreign.deepspeed_universal import open_universal
 
         return open_universal(where, tag)
+    if form == "atoms":
+        return open_atoms(where)
     raise ValueError(f"format {form!r} is none of {', '.join(FORMATS)}")
 
 
@@ -292,13 +304,10 @@ def _iteration(where: Location) -> Location:
     return f"{folder.where.rstrip('/')}/iter_{int(said):07d}"
 
 
-def _ruled(
-    where: Location, form: str, tag: str | None, rules: str, values: Mapping[str, int], stages: int
-) -> Source:
+def _ruled(where: Location, form: str, tag: str | None, program: Program, stages: int) -> Source:
     """What rules make of a checkpoint, and of its slices where tensors were split."""
     from hakari.training.checkpoint.language.assembly import apply
 
-    program = _program(rules, values)
     if form == "megatron":
         from hakari.training.checkpoint.foreign.megatron import open_megatron
 
@@ -310,19 +319,34 @@ def _ruled(
     return apply(program, {(0, 0, 0): _opened(where, form, tag)})
 
 
-def _inverted(source: Source, rules: str, values: Mapping[str, int]) -> Source:
+def _inverted(source: Source, target: Target) -> Source:
     from hakari.training.checkpoint.language.assembly import invert
 
-    return invert(_program(rules, values), source)[0, 0, 0]
+    return invert(_target_program(target), source)[0, 0, 0]
 
 
-def _program(rules: str, values: Mapping[str, int]) -> Program:
+def _target_program(target: Target) -> Program:
+    from hakari.training.checkpoint.language.rules import shipped_names
+
+    if target.rules is None:
+        raise ValueError(
+            f"{target.form} is written by rules: give some (--target-rules), such as megatron-gpt; "
+            f"with hakari come {', '.join(shipped_names())}"
+        )
+    config = None if target.form.startswith("deepspeed") else target.config
+    return _program(target.rules, target.values, config)
+
+
+def _program(rules: str, values: Mapping[str, int], config: Location | None) -> Program:
     """The program in a file, or the one of that name that comes with hakari."""
+    from hakari.training.checkpoint.language.model_config import numbers_of
     from hakari.training.checkpoint.language.rules import load_rules, shipped
 
-    if Path(rules).suffix == ".toml" or Path(rules).is_file():
-        return load_rules(rules, values)
-    return shipped(rules, values)
+    own_file = Path(rules).suffix == ".toml" or Path(rules).is_file()
+    program = load_rules(rules, values) if own_file else shipped(rules, values)
+    if config is None:
+        return program
+    return replace(program, config=numbers_of(read_config(config)) | dict(program.config))
 
 
 def _write_deepspeed(
@@ -349,9 +373,6 @@ def _write_deepspeed(
 def _write_megatron(
     source: Source, where: Location, target: Target, budget: int, progress: Progress
 ) -> None:
-    if target.rules is None:
-        raise ValueError("megatron is written by rules: give some, such as 'megatron-gpt'")
     from hakari.training.checkpoint.foreign.megatron import write_megatron
 
-    program = _program(target.rules, target.values)
-    write_megatron(source, where, program, budget=budget, progress=progress)
+    write_megatron(source, where, _target_program(target), budget=budget, progress=progress)

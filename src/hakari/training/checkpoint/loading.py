@@ -17,8 +17,9 @@ from hakari.training.checkpoint import exchange
 from hakari.training.checkpoint.boxes import Box, flaw, show, whole
 from hakari.training.checkpoint.content import content, hexadecimal
 from hakari.training.checkpoint.dtypes import bits
+from hakari.training.checkpoint.foreign.optimizer_class import class_by_states
 from hakari.training.checkpoint.fragments import DamageError
-from hakari.training.checkpoint.manifest import Manifest, check_sizes
+from hakari.training.checkpoint.manifest import Manifest, check_sizes, collector_paused
 from hakari.training.checkpoint.pieces import (
     Models,
     Optimizers,
@@ -73,6 +74,7 @@ class Loaded:
         )
 
 
+@collector_paused()
 def load(
     path: Location,
     model: Models | None,
@@ -116,7 +118,7 @@ def load(
         present = [target for target in targets if target.saved is not None]
         zeroed = _fill(stored, present, zero_damaged, threads, progress, path)
         verified, tensors = _verify(stored, present, zeroed)
-        extra, ranks = _rest(stored, parts, optimizer if options else None, strict)
+        extra, ranks = _rest(stored, parts, optimizer if options else None, strict, path)
     return Loaded(
         stored.folder.where,
         stored.manifest.step,
@@ -134,14 +136,16 @@ def load(
 
 @dataclass(frozen=True)
 class Target:
-    """A piece to fill, and the tensor in the checkpoint that it is filled from, if there is one."""
+    """A piece to fill, and the tensor in the checkpoint that it is filled from, if there is one.
+
+    exact: whether both are of the same type. memory: the tensor's own bits, if it is on the host.
+    """
 
     piece: Piece
     saved: Key | None
     info: Info | None
-
-
-ADAM = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
+    exact: bool = False
+    memory: np.ndarray | None = None
 
 
 def _open(path: Location, states: Collection[str] | None, may_zero: Collection[str]) -> Stored:
@@ -171,9 +175,11 @@ def _with_way_out(path: Location, error: Exception) -> Exception:
     from hakari.training.checkpoint.formats import detect
 
     older = steps(path)[:-1]
-    if older and isinstance(error, DamageError):
-        way = f"; the one before is {str(path).rstrip('/')}/{named(older[-1])}"
+    way = f"; the one before is {str(path).rstrip('/')}/{named(older[-1])}" if older else ""
+    if way and isinstance(error, DamageError):
         return DamageError(f"{error}{way}", *error.keys)
+    if way and isinstance(error, ValueError) and "is damaged" in str(error):  # the manifest
+        return ValueError(f"{error}{way}")
     if isinstance(error, FileNotFoundError):
         try:
             form = detect(path)
@@ -201,17 +207,20 @@ def _check_sizes(stored: Stored, states: Collection[str] | None, may_zero: Colle
                 raise
 
 
-def _rest(stored: Stored, model: Models, optimizer: Optimizers | None, strict: bool) -> Any:
+def _rest(
+    stored: Stored, model: Models, optimizer: Optimizers | None, strict: bool, path: Location
+) -> Any:
     """Extra states; and what modules keep and the options of an optimizer, which are set."""
-    error, found = None, None
+    error: Exception | None = None
+    found = None
     try:
         extra, ranks, kept = extras(stored)
         found = extra, ranks
         _set_modules(kept, stateful_modules(several(model)), strict)
         if optimizer is not None:
             restore_options(stored.manifest, model, optimizer)
-    except (OSError, ValueError) as failure:
-        error = failure
+    except Exception as failure:  # a set_extra_state is anyone's code, and no rank may wait for it
+        error = _with_way_out(path, failure)
     exchange.raise_together(error)
     return found
 
@@ -258,12 +267,8 @@ def _has_states(found: Manifest) -> bool:
 
 def _class_of(found: Manifest) -> str:
     """The saved optimizer's class; where it was not said, what its states and options tell."""
-    states = {key[1] for key in found.infos} - {WEIGHT, EXTRA}
-    flags = {group.options.get("decoupled_weight_decay") for group in found.groups}
-    if found.optimizer or not states or not states <= ADAM or len(flags) != 1:
-        return found.optimizer
-    (flag,) = flags
-    return "" if flag is None else "AdamW" if flag else "Adam"
+    keys = [key for key in (*found.infos, *found.scalars) if key[1] != EXTRA]
+    return found.optimizer or class_by_states(keys, found.groups)
 
 
 @contextmanager
@@ -285,7 +290,8 @@ def _made_on_all(
     if kind and strict and not saved and _has_states(stored.manifest):
         raise ValueError(
             f"{stored.folder.where} does not say of which class its optimizer was: pass "
-            f"strict=False if it was {kind} too"
+            f"strict=False if it was {kind} too, or say so in it: hakari checkpoint convert "
+            f"{stored.folder.where} NEW --optimizer {kind}"
         )
     with ExitStack() as stack:
         error = None
@@ -330,16 +336,22 @@ def _targets(found: Manifest, pieces: Sequence[Piece], cast: bool) -> list[Targe
     targets = []
     for piece in pieces:
         key = _saved_as(found, piece.key, alias)
-        info = found.infos[key] if key else None
-        if key and info:
+        if key is None:
+            targets.append(Target(piece, None, None))
+            continue
+        info, here = found.infos[key], piece.info
+        if info != here:
             _fits(piece, key, info, cast)
-        targets.append(Target(piece, key, info))
+        memory = as_bits(piece.tensor) if piece.tensor.device.type == "cpu" else None
+        targets.append(Target(piece, key, info, info.dtype == here.dtype, memory))
     return targets
 
 
 def _saved_as(found: Manifest, key: Key, alias: Mapping[str, tuple[str, ...]]) -> Key | None:
     """The tensor a key was saved as: tied ones were saved under one of their names."""
-    for name in (key[0], *alias.get(key[0], ())):
+    if key in found.infos:
+        return key
+    for name in alias.get(key[0], ()):
         if (name, key[1]) in found.infos:
             return name, key[1]
     return None
@@ -465,8 +477,8 @@ def _read(
         tensor, info = target.piece.tensor, target.info
         if target.saved is None or info is None:
             continue
-        if tensor.device.type == "cpu" and target.piece.info.dtype == info.dtype:
-            direct.append((target.saved, target.piece.box, as_bits(tensor)))
+        if target.memory is not None and target.exact:
+            direct.append((target.saved, target.piece.box, target.memory))
         else:
             staged.append((target.saved, target.piece.box, info.dtype, tensor))
     read_all(stored, direct, workers, progress)
@@ -494,15 +506,18 @@ def _verify(stored: Stored, targets: Sequence[Target], zeroed: Collection[Key]) 
     Raises ValueError if a tensor's content is not that in the manifest.
     """
     sums = [
-        (t.saved, t.piece.box, content(_now(t.piece.tensor), t.piece.box))
+        (t.saved, t.piece.box, content(_now(t), t.piece.box))
         for t in targets
-        if t.info is not None and t.piece.info.dtype == t.info.dtype and t.saved not in zeroed
+        if t.exact and t.saved not in zeroed
     ]
     everything: dict[Key, dict[Box, int]] = {}
     wrong: dict[Key, Box] = {}
     for told in exchange.gather(sums):
         for key, box, total in told:
-            if key is not None and everything.setdefault(key, {}).setdefault(box, total) != total:
+            if key is None:
+                continue
+            boxes = everything.setdefault(key, {})
+            if boxes.setdefault(box, total) != total:
                 wrong[key] = box
     verified = 0
     for key, boxes in everything.items():
@@ -520,5 +535,5 @@ def _verify(stored: Stored, targets: Sequence[Target], zeroed: Collection[Key]) 
     return verified, len(names)
 
 
-def _now(tensor: Tensor) -> np.ndarray:
-    return as_bits(tensor if tensor.device.type == "cpu" else tensor.cpu())
+def _now(target: Target) -> np.ndarray:
+    return as_bits(target.piece.tensor.cpu()) if target.memory is None else target.memory

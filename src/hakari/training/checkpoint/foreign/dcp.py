@@ -14,6 +14,7 @@ from torch import Tensor
 from hakari.training.checkpoint.boxes import Box
 from hakari.training.checkpoint.foreign.dcp_container import Container, open_container
 from hakari.training.checkpoint.foreign.dcp_metadata import Chunk, Path
+from hakari.training.checkpoint.foreign.optimizer_class import class_by_states
 from hakari.training.checkpoint.source import WEIGHT, Group, Key, Source
 from hakari.training.checkpoint.storage import Location
 
@@ -57,7 +58,8 @@ def open_dcp(where: Location, skip: Sequence[str] = ()) -> Source:
         read,
         scalars,
         groups,
-        tied=tied,
+        class_by_states([*tensors, *scalars], groups),
+        tied,
         step=_step(container, parts),
         extra=_extra(container, parts.rest) or None,
         origin={"framework": "torch.distributed.checkpoint", **_version(container)},

@@ -15,6 +15,8 @@ from hakari.training.checkpoint.source import WEIGHT, Group, Key, Source
 
 EXACT = 2**24
 """Steps up to which a float32 has every one."""
+ADAMS = ("", "adam", "adamw", "fusedadam")
+"""Classes, in lower case, that may be torch's Adam or AdamW; '' where it is unknown."""
 
 
 @dataclass(frozen=True)
@@ -117,15 +119,16 @@ def _completed(source: Source, group: Group) -> dict[str, Any]:
     Whether weight decay is decoupled changes the result, so it is added only where it is known.
     """
     options = dict(group.options)
-    adam = any(state == "exp_avg_sq" for _, state in source.tensors)
-    if not adam or not options:
+    moments = any(state == "exp_avg_sq" for _, state in source.tensors)
+    radam = "decoupled_weight_decay" in options and "amsgrad" not in options
+    if not moments or not options or radam or source.optimizer.lower() not in ADAMS:
         return options
     how = {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
     known = {"maximize": False} | how
     if not any(state == "max_exp_avg_sq" for _, state in source.tensors):
         known["amsgrad"] = False
     if source.optimizer == "AdamW" or options.get("weight_decay") == 0:
-        known["decoupled_weight_decay"] = True
+        known["decoupled_weight_decay"] = source.optimizer.lower() != "adam"
     return {**known, **options}
 
 

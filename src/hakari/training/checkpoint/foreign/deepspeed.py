@@ -91,6 +91,7 @@ def _source(save: Save, part: Slice, names: Sequence[Sequence[str]] | None) -> S
     }
     saved = part.optimizers[0].get(STATE) if part.optimizers else model.tree.get("optimizer")
     rest = extra(save.folder, model, saved or {})
-    optimizer = optimizer_class(model.tree.get("ds_config"), groups)
+    keys = [*parts.infos, *parts.scalars]
+    optimizer = optimizer_class(model.tree.get("ds_config"), keys, groups)
     step = model.tree.get("global_steps")
     return close(parts, groups, tied, optimizer, step, rest, origin)

@@ -4,13 +4,14 @@ options, and the values of the engine, the schedule and the client.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hakari.training.checkpoint.foreign.deepspeed_files import Rank, numel, row_major
 from hakari.training.checkpoint.foreign.deepspeed_parts import Parts, place_whole
+from hakari.training.checkpoint.foreign.optimizer_class import class_by_states
 from hakari.training.checkpoint.foreign.torch_values import Stored, plain
-from hakari.training.checkpoint.source import WEIGHT, Group
+from hakari.training.checkpoint.source import WEIGHT, Group, Key
 from hakari.training.checkpoint.storage import Folder
 
 STATE, SHARDED = "optimizer_state_dict", ("module", "optimizer", "buffer_names", "param_shapes")
@@ -85,13 +86,12 @@ def options(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in HOW}
 
 
-def optimizer_class(config: Any, groups: Sequence[Group]) -> str:
-    """Name of the optimizer's class, as far as the files say."""
+def optimizer_class(config: Any, keys: Iterable[Key], groups: Sequence[Group]) -> str:
+    """Name of the optimizer's class: as the engine's configuration or, else, its states say."""
     named = config.get("optimizer") if isinstance(config, Mapping) else None
     if isinstance(named, Mapping) and named.get("type"):
         return str(named["type"])
-    decoupled = groups[0].options.get("decoupled_weight_decay") if groups else None
-    return "" if decoupled is None else "AdamW" if decoupled else "Adam"
+    return class_by_states(keys, groups)
 
 
 def extra(folder: Folder, model: Rank, saved: Mapping[str, Any]) -> dict[str, Any]:

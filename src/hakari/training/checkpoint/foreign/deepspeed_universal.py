@@ -84,7 +84,8 @@ def _source(folder: Folder, tag: str, models: list[Rank], saved: Rank) -> Source
         "left_out": left_out,
     }
     rest = extra(folder, model, saved.tree)
-    optimizer = optimizer_class(model.tree.get("ds_config"), groups)
+    keys = [*parts.infos, *parts.scalars]
+    optimizer = optimizer_class(model.tree.get("ds_config"), keys, groups)
     return close(parts, groups, tied, optimizer, model.tree.get("global_steps"), rest, origin)
 
 

@@ -123,6 +123,14 @@ def write_hugging_face(
     folder.sync()
 
 
+def read_config(where: Location) -> dict[str, Any]:
+    """The config.json of a model's folder. Raises FileNotFoundError if it has none."""
+    folder = open_folder(where)
+    if CONFIG not in folder.entries():
+        raise FileNotFoundError(f"{folder.where} has no {CONFIG}: give a model's folder as config")
+    return _config(folder)
+
+
 # --- headers ------------------------------------------------------------------------------
 
 

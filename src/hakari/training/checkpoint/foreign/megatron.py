@@ -28,6 +28,7 @@ from torch import Tensor
 from hakari.training.checkpoint.boxes import Box
 from hakari.training.checkpoint.foreign.dcp_container import Container, open_container
 from hakari.training.checkpoint.foreign.dcp_writing import write_dcp
+from hakari.training.checkpoint.foreign.optimizer_class import class_by_states
 from hakari.training.checkpoint.foreign.torch_files import read_torch
 from hakari.training.checkpoint.foreign.torch_values import Record, plain
 from hakari.training.checkpoint.foreign.torch_writing import write_torch
@@ -79,6 +80,7 @@ def open_megatron(where: Location, program: Program | None = None) -> Source:
         extra={"common": common, "objects": [*inside.items]},
         origin={"framework": "megatron", "master": _master(inside)},
     )
+    source = replace(source, optimizer=class_by_states(source.tensors, source.groups))
     return source if program is None else apply(program, {(0, 0, 0): source})
 
 

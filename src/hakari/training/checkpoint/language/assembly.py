@@ -43,6 +43,7 @@ from hakari.training.checkpoint.language.rules import (
     check,
     evaluate,
     layout,
+    need_numbers,
     raise_faults,
 )
 from hakari.training.checkpoint.source import Source
@@ -60,6 +61,7 @@ def apply(program: Program, slices: Slices) -> Source:
     sizes = _grid(slices)
     shapes = {where: _shapes(source) for where, source in slices.items()}
     rules = check(program, dict.fromkeys(name for own in shapes.values() for name in own))
+    need_numbers(program, (rule for rule, _ in rules.values()))
     families: dict[Any, tuple[Rule, Bindings, dict[Coordinate, str]]] = {}
     for where, name in ((where, name) for where, own in shapes.items() for name in own):
         rule, bindings = rules[name]
@@ -99,6 +101,7 @@ def invert(
         where: {} for where in product(range(tp), range(pp), range(ep))
     }
     wanted = [*_wanted(program, shapes)]
+    need_numbers(program, (rule for rule, _, _ in wanted))
     _complete(program, ((rule, own, leading(i for i, _ in found)) for rule, own, found in wanted))
     for rule, bindings, found in wanted:
         with about(f"{rule}: {next(iter(found.values())).name}"):

@@ -21,6 +21,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from hakari.training.checkpoint.language.model_config import TOLD
 from hakari.training.checkpoint.language.patterns import Pattern, outline, read_match, read_template
 from hakari.training.checkpoint.language.rows import ORDERS, SPLITS, Cut, Layout, Order, Split
 
@@ -136,11 +137,13 @@ class Program:
     """Rules, values for their expressions, and how many of a `local` number each rank has.
 
     counts: such as {'layer': (5, 4)}; a plain number is divided evenly over the ranks.
+    name: of the file, for messages.
     """
 
     rules: tuple[Rule, ...]
     config: Mapping[str, int] = field(default_factory=dict)
     counts: Mapping[str, int | tuple[int, ...]] = field(default_factory=dict)
+    name: str = field(default="", compare=False)
 
 
 RULE_FILES = resources.files("hakari.training.checkpoint.language") / "rule_files"
@@ -152,11 +155,15 @@ def shipped(name: str, config: Mapping[str, int] | None = None) -> Program:
     Raises ValueError that lists the names there are.
     """
     if not (file := RULE_FILES / f"{name}.toml").is_file():
-        files = sorted(own.name for own in RULE_FILES.iterdir() if own.name.endswith(".toml"))
-        names = ", ".join(own.removesuffix(".toml") for own in files)
-        raise ValueError(f"no rules are called {name!r}: there are {names}")
+        raise ValueError(f"no rules are called {name!r}: there are {', '.join(shipped_names())}")
     with resources.as_file(file) as path:
-        return load_rules(path, config)
+        return replace(load_rules(path, config), name=name)
+
+
+def shipped_names() -> list[str]:
+    """Names of the programs that come with hakari."""
+    files = [own.name for own in RULE_FILES.iterdir() if own.name.endswith(".toml")]
+    return sorted(file.removesuffix(".toml") for file in files)
 
 
 def load_rules(file: str | Path, config: Mapping[str, int] | None = None) -> Program:
@@ -172,7 +179,7 @@ def load_rules(file: str | Path, config: Mapping[str, int] | None = None) -> Pro
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: {error}") from None
     counts = {name: _tupled(count) for name, count in table.get("counts", {}).items()}
-    return Program(rules, table.get("config", {}) | dict(config or {}), counts)
+    return Program(rules, table.get("config", {}) | dict(config or {}), counts, str(file))
 
 
 def check(program: Program, names: Iterable[str]) -> dict[str, tuple[Rule, dict[str, str]]]:
@@ -226,6 +233,39 @@ def about(what: str) -> Iterator[None]:
 
 
 # --- numbers ------------------------------------------------------------------------------
+
+
+def need_numbers(program: Program, used: Iterable[Rule]) -> None:
+    """Raise ValueError that lists all names in the rules that are used for which there is no value.
+
+    What only rules that match nothing name is not needed.
+    """
+    matches = {rule.match for rule in used}
+    known = {*program.config, "rows", *(f"{axis}_size" for axis in AXES)}
+    own = [_expressions(rule) for rule in program.rules if rule.match in matches]
+    lost = dict.fromkeys(n for each in own for e in each for n in _names(e) if n not in known)
+    if lost:
+        rules = f"rules {program.name}" if program.name else "the rules"
+        told = [name for name in TOLD if name in lost]
+        names = list(dict.fromkeys((*told, *lost)))
+        config = " or --config FOLDER" if told else ""
+        raise ValueError(
+            f"{rules} need {', '.join(names)}: give --set {names[0]}=...{config} "
+            "(in Python: config)"
+        )
+
+
+def _expressions(rule: Rule) -> list[Number]:
+    blocks = [number for block in rule.own_blocks for number in (block.size, block.unit)]
+    return [*blocks, rule.groups, rule.pad, *(n for ranks in rule.on.values() for n in ranks)]
+
+
+def _names(expression: Number) -> list[str]:
+    try:
+        nodes = ast.walk(ast.parse(str(expression), mode="eval"))
+        return [node.id for node in nodes if isinstance(node, ast.Name)]
+    except (SyntaxError, RecursionError):  # what `evaluate` will say
+        return []
 
 
 def evaluate(expression: Number, values: Mapping[str, int]) -> int:
