@@ -60,7 +60,7 @@ def _gather(
     for rank, pieces in enumerate(held):
         for index, (key, info, box) in enumerate(pieces):
             known, first = infos.setdefault(key, (info, rank))
-            if known != info:
+            if known is not info and known != info:
                 raise ValueError(
                     f"{key[0]} ({key[1]}) is {known.dtype} {[*known.shape]} on rank {first} and "
                     f"{info.dtype} {[*info.shape]} on rank {rank}"

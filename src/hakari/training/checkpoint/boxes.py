@@ -19,17 +19,17 @@ Box = tuple[tuple[int, int], ...]
 
 def whole(shape: Iterable[int]) -> Box:
     """The box of all of a tensor."""
-    return tuple((0, n) for n in shape)
+    return tuple([(0, n) for n in shape])
 
 
 def extents(box: Box) -> tuple[int, ...]:
     """Shape of what a box holds."""
-    return tuple(stop - start for start, stop in box)
+    return tuple([stop - start for start, stop in box])
 
 
 def volume(box: Box) -> int:
     """Elements in a box."""
-    return prod(extents(box))
+    return prod([stop - start for start, stop in box])
 
 
 def intersect(a: Box, b: Box) -> Box | None:
@@ -80,10 +80,13 @@ def _in_row(shape: Sequence[int], row: int, start: int, stop: int) -> list[Box]:
 
 def flaw(shape: Sequence[int], boxes: Iterable[Box]) -> str:
     """What keeps boxes from tiling a tensor exactly: a gap, an overlap, a box outside; or ''."""
-    return _flaw(tuple(shape), tuple(box for box in boxes if volume(box)))
+    shape, boxes = tuple(shape), tuple(boxes)
+    if len(boxes) == 1 and boxes[0] == whole(shape):
+        return ""
+    return _flaw(shape, tuple(box for box in boxes if volume(box)))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=64)  # a model has few shapes, and a thousand processes make long tables
 def _flaw(shape: tuple[int, ...], boxes: tuple[Box, ...]) -> str:
     everything = whole(shape)
     for box in boxes:

@@ -23,15 +23,17 @@ from typing import Any
 import numpy as np
 
 from hakari.training.checkpoint import manifest as manifests
-from hakari.training.checkpoint.boxes import Box, show, within
+from hakari.training.checkpoint.boxes import Box, show, volume, within
 from hakari.training.checkpoint.content import content, hexadecimal
 from hakari.training.checkpoint.fragments import Fragment
-from hakari.training.checkpoint.manifest import COMMIT, Manifest, Stored
+from hakari.training.checkpoint.manifest import COMMIT, Manifest, Stored, collector_paused
 from hakari.training.checkpoint.retention import advance, named, prune
 from hakari.training.checkpoint.shard_file import Part, write_parts
 from hakari.training.checkpoint.source import WEIGHT, Group, Info, Key
 from hakari.training.checkpoint.storage import Folder, open_folder, small
 
+LARGE = 2**16
+"""Elements of a piece that is hashed beside writing."""
 RECORD = 2**31
 """Bytes of a rank's record that are read at most."""
 FAILED = re.compile(r"failed-\d{5,}\.txt")  # whole, not one that is being written
@@ -82,9 +84,10 @@ def carry_out(
     target = named(request.step)
     folder = root.child(request.folder if root.renames else target)
     try:
-        _announce(root, folder, request, _write_share(folder, request, values))
+        record = _write_share(folder, request, values)
+        _announce(root, folder, request, record if request.rank else {})
         if request.rank == 0:
-            _conclude(root, folder, request, gone)
+            _conclude(root, folder, request, record, gone)
     except BaseException as error:
         _fail(root, folder, request, error)
         raise
@@ -96,15 +99,16 @@ def carry_out(
 # --- each process -------------------------------------------------------------------------
 
 
+@collector_paused()
 def _write_share(folder: Folder, request: Request, values: Sequence[np.ndarray]) -> dict[str, Any]:
     """Have this process's data on disk; returns what the coordinator has to know."""
     parts = [_part(request, values, index, box) for index, box in request.mine]
-    with ThreadPoolExecutor(1) as pool:  # hashing beside writing
-        sums = pool.submit(
-            lambda: [content(v, piece[2]) for v, piece in zip(values, request.pieces, strict=True)]
-        )
+    with ThreadPoolExecutor(1) as pool:  # beside writing; small ones would wait for one another
+        large = pool.submit(_sums, request, values, True)
+        sums = _sums(request, values, False)
         prefix = f"data/{request.save_id[:8]}-r{request.rank:05d}"
         written = write_parts(folder, prefix, parts, request.save_id)
+        sums |= large.result()
         record = {
             "save_id": request.save_id,
             "files": {name: [s.bytes, s.header, s.crc] for name, s in written.files.items()},
@@ -113,8 +117,8 @@ def _write_share(folder: Folder, request: Request, values: Sequence[np.ndarray])
                 for key, part in written.fragments
             ],
             "held": [
-                [*key, info.dtype, info.shape, box, total]
-                for (key, info, box), total in zip(request.pieces, sums.result(), strict=True)
+                [*key, info.dtype, info.shape, box, sums[index]]
+                for index, (key, info, box) in enumerate(request.pieces)
             ],
             **request.record,
         }
@@ -122,11 +126,20 @@ def _write_share(folder: Folder, request: Request, values: Sequence[np.ndarray])
     return record
 
 
+def _sums(request: Request, values: Sequence[np.ndarray], large: bool) -> dict[int, int]:
+    """Contents of the large pieces, or of the small ones, by their index."""
+    return {
+        index: content(values[index], box)
+        for index, (_, _, box) in enumerate(request.pieces)
+        if (volume(box) >= LARGE) == large
+    }
+
+
 def _part(request: Request, values: Sequence[np.ndarray], index: int, box: Box) -> Part:
     key, info, held = request.pieces[index]
 
     def mine() -> np.ndarray:
-        return values[index][within(box, held)] if box else values[index]
+        return values[index] if box == held else values[index][within(box, held)]
 
     return Part(key, info, box, mine)
 
@@ -224,7 +237,13 @@ def _until(
 # --- the coordinator ----------------------------------------------------------------------
 
 
-def _conclude(root: Folder, folder: Folder, request: Request, gone: Callable[[], bool]) -> None:
+def _conclude(
+    root: Folder,
+    folder: Folder,
+    request: Request,
+    mine: Mapping[str, Any],
+    gone: Callable[[], bool],
+) -> None:
     wanted = [_ready(rank) for rank in range(request.world)]
 
     def missing() -> list[int]:
@@ -232,8 +251,9 @@ def _conclude(root: Folder, folder: Folder, request: Request, gone: Callable[[],
         return [rank for rank, name in enumerate(wanted) if name not in there]
 
     _until(lambda: not missing(), folder, request, gone, lambda: f"ranks {missing()} wrote nothing")
-    records = [json.loads(small(folder, name, RECORD)) for name in wanted]
-    manifests.write(folder, merge(request, records))
+    with collector_paused():
+        others = [json.loads(small(folder, name, RECORD)) for name in wanted[1:]]
+        manifests.write(folder, merge(request, [mine, *others]))
     target = named(request.step)
     if root.renames:
         if target in root.entries():
@@ -250,7 +270,7 @@ def _conclude(root: Folder, folder: Folder, request: Request, gone: Callable[[],
 def merge(request: Request, records: Sequence[Mapping[str, Any]]) -> Manifest:
     """The manifest of what all processes wrote.
 
-    Raises ValueError if copies differ, with tensor and ranks, or if anything does not fit.
+    Raises ValueError if copies differ, with tensor and ranks, or if other states do not fit.
     """
     first = records[0]
     _same_save(request, records)
@@ -261,9 +281,8 @@ def merge(request: Request, records: Sequence[Mapping[str, Any]]) -> Manifest:
     for record in records:
         files |= {name: Stored(*row) for name, row in record["files"].items()}
         for name, state, file, offset, box, crcs in record["fragments"]:
-            part = Fragment(_box(box), file, offset, tuple(crcs))
-            fragments[name, state].append(part)
-    found = Manifest(
+            fragments[name, state].append(Fragment(_box(box), file, offset, tuple(crcs)))
+    return Manifest(
         request.save_id,
         request.step,
         files,
@@ -278,9 +297,6 @@ def merge(request: Request, records: Sequence[Mapping[str, Any]]) -> Manifest:
         tuple(record["own"] for record in records),
         {name: tree for r in reversed(records) for name, tree in r.get("modules", {}).items()},
         {**first["origin"], "processes": request.world},
-    )
-    return manifests.from_json(
-        json.loads(json.dumps(manifests.to_json(found))), f"step {request.step}"
     )
 
 
@@ -306,8 +322,9 @@ def _contents(
     for rank, record in enumerate(records):
         for name, state, dtype, shape, box, total in record["held"]:
             key = (name, state)
-            infos.setdefault(key, Info(tuple(shape), dtype))
-            known, holder = sums.setdefault(key, {}).setdefault(_box(box), (total, rank))
+            if key not in infos:
+                infos[key], sums[key] = Info(tuple(shape), dtype), {}
+            known, holder = sums[key].setdefault(_box(box), (total, rank))
             same = copies == "equal" and not (name in buffers and state == WEIGHT)
             if known != total and same:
                 raise ValueError(
@@ -316,7 +333,7 @@ def _contents(
                     "copies='first' would take the first rank's"
                 )
     return infos, {
-        key: hexadecimal(sum(total for total, _ in boxes.values())) for key, boxes in sums.items()
+        key: hexadecimal(sum([total for total, _ in boxes.values()])) for key, boxes in sums.items()
     }
 
 
@@ -342,4 +359,4 @@ def _merged_groups(records: Sequence[Mapping[str, Any]]) -> tuple[Group, ...]:
 
 
 def _box(box: Any) -> Box:
-    return tuple((start, stop) for start, stop in box)
+    return tuple([(start, stop) for start, stop in box])

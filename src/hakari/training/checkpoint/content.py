@@ -12,6 +12,7 @@ a chance of 2^-32 at worst, where only the highest bits of elements differ, and 
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -32,19 +33,22 @@ def content(values: np.ndarray, box: Box) -> int:
         return 0
     halves = values.dtype.itemsize == 8  # the top bits of two whole words would cancel
     (start, stop), outer = (box[-1], box[:-1]) if box else ((0, 1), ())
+    if not outer and not halves and start // INNER == (stop - 1) // INNER:  # a small vector
+        return int(_in_block(values.reshape(-1), start, stop)[0])
     rows = values.reshape(-1, stop - start)
     if halves:
         start, stop = 2 * start, 2 * stop
-    sums = np.zeros(len(rows), np.uint64)
-    for first in range(0, len(rows), max(1, BLOCK // max(1, stop - start))):
-        part = rows[first : first + max(1, BLOCK // max(1, stop - start))]
+    step = max(1, BLOCK // (stop - start))
+    sums = []
+    for first in range(0, len(rows), step):
+        part = rows[first : first + step]
         if halves:
             part = np.ascontiguousarray(part).view(np.uint32)
-        sums[first : first + len(part)] = _along_rows(part, start, stop)
-    weights = np.ones((), np.uint64)
-    for d, (low, high) in enumerate(outer):
-        weights = np.multiply.outer(weights, _factors(len(outer) - d, low, high))
-    return int(np.dot(sums, weights.reshape(-1))) & MASK
+        sums.append(_along_rows(part, start, stop))
+    if not outer:
+        return int(sums[0][0])
+    together = sums[0] if len(sums) == 1 else np.concatenate(sums)
+    return int(np.dot(together, _weights(outer)))
 
 
 def hexadecimal(total: int) -> str:
@@ -54,20 +58,47 @@ def hexadecimal(total: int) -> str:
 
 def _along_rows(rows: np.ndarray, start: int, stop: int) -> np.ndarray:
     """Weighted sum of each row, whose columns have the indices start .. stop - 1."""
+    first, last = start // INNER, (stop - 1) // INNER
+    if first == last:  # nearly always
+        return _in_block(rows, start, stop)
+    edges = [start, *range((first + 1) * INNER, stop, INNER), stop]
     total = np.zeros(len(rows), np.uint64)
-    column = start
-    while column < stop:
-        end = min(stop, (column // INNER + 1) * INNER)
-        wide = rows[:, column - start : end - start].astype(np.uint64)
-        near = _factors(0, 0, INNER)[column % INNER : column % INNER + end - column]
-        total += (wide @ near) * _factors(-1, column // INNER, column // INNER + 1)[0]
-        column = end
+    for low, high in pairwise(edges):
+        total += _along_rows(rows[:, low - start : high - start], low, high)
     return total
 
 
-@lru_cache(maxsize=256)
+def _in_block(rows: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """The same for columns of one block; of one row, given flat, an array of one sum."""
+    at = start % INNER
+    near = _kept(0, 0, INNER)[at : at + stop - start]
+    far = _kept(-1, start // INNER, start // INNER + 1)
+    return np.asarray(np.dot(rows.astype(np.uint64), near) * far)
+
+
+def _weights(outer: Box) -> np.ndarray:
+    """The product of the factors of all dimensions but the last, for each row."""
+    first, *rest = (_factors(len(outer) - d, low, high) for d, (low, high) in enumerate(outer))
+    for factors in rest:
+        first = np.multiply.outer(first, factors).reshape(-1)
+    return first
+
+
 def _factors(dimension: int, start: int, stop: int) -> np.ndarray:
-    """Odd numbers for the indices start .. stop - 1 of a dimension (splitmix64)."""
+    """Odd numbers for the indices start .. stop - 1 of a dimension."""
+    if stop - start <= INNER:
+        return _kept(dimension, start, stop)
+    return _made(dimension, start, stop)
+
+
+@lru_cache(maxsize=64)
+def _kept(dimension: int, start: int, stop: int) -> np.ndarray:
+    """The same, remembered: 128 KiB each, 8 MiB together, at most."""
+    return _made(dimension, start, stop)
+
+
+def _made(dimension: int, start: int, stop: int) -> np.ndarray:
+    """splitmix64 of dimension and index."""
     z = np.arange(start, stop, dtype=np.uint64)
     z += np.uint64((dimension + 2) << 48)
     z *= np.uint64(0x9E3779B97F4A7C15)

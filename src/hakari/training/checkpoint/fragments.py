@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
+from operator import attrgetter
 
 import numpy as np
 from zlib_ng.zlib_ng import crc32
@@ -92,7 +93,7 @@ def read(
             for key, box, out in wanted
             for job in _jobs(key, infos[key].dtype, fragments[key], box, out)
         ),
-        key=lambda job: (job.file, job.offset),
+        key=attrgetter("file", "offset"),
     )
 
     def work(batch: list[Job]) -> None:
@@ -115,16 +116,19 @@ def _jobs(
     """What to read for a box. Shared tiles of different boxes are read once for each."""
     width = BYTES[dtype]
     for fragment in fragments:
-        shared = intersect(fragment.box, box) if box else ()
+        shared = box if fragment.box == box else intersect(fragment.box, box)
         if shared is None or 0 in out.shape:
             continue
         shape = extents(fragment.box)
         total = prod(shape) * width
-        first, last = _span(shape, within(shared, fragment.box), width)
-        part = out[within(shared, box)] if box else out
+        first, last = 0, total
+        if shared != fragment.box:
+            first, last = _span(shape, within(shared, fragment.box), width)
+        part = out if shared == box else out[within(shared, box)]
         step = TILE
-        start = first // step * step if fragment.crcs else first
-        stop = min(total, -(-last // step) * step) if fragment.crcs else last
+        start, stop = first, last
+        if fragment.crcs:
+            start, stop = first // step * step, min(total, -(-last // step) * step)
         for at in range(start, stop, step):
             size = min(step, stop - at)
             yield Job(fragment.file, fragment.offset + at, size, key, fragment, at, shared, part)
@@ -156,7 +160,7 @@ def _batches(jobs: Sequence[Job]) -> Iterator[list[Job]]:
 
 def _read_batch(folder: Folder, batch: list[Job], infos: Mapping[Key, Info]) -> int:
     if len(batch) == 1:
-        direct = _direct(batch[0], infos)
+        direct = _direct(batch[0])
         if direct is not None:
             _fetch(folder, batch[0], batch[0].offset, direct)
             _verify(folder, batch[0], direct)
@@ -167,7 +171,11 @@ def _read_batch(folder: Folder, batch: list[Job], infos: Mapping[Key, Info]) -> 
     for job in batch:
         data = staging[job.offset - begin : job.stop - begin]
         _verify(folder, job, data)
-        _scatter(job, data, infos[job.key].dtype)
+        direct = _direct(job)
+        if direct is None:
+            _scatter(job, data, infos[job.key].dtype)
+        else:
+            direct[:] = data
     return end - begin
 
 
@@ -180,9 +188,9 @@ def _fetch(folder: Folder, job: Job, offset: int, out: memoryview) -> None:
         ) from error
 
 
-def _direct(job: Job, infos: Mapping[Key, Info]) -> memoryview | None:
+def _direct(job: Job) -> memoryview | None:
     """The destination's own bytes, where the tile goes there as it is."""
-    if job.box != job.fragment.box or not job.out.flags.c_contiguous or not job.out.ndim:
+    if job.box != job.fragment.box or not job.out.flags.c_contiguous:
         return None
     flat = job.out.reshape(-1).view(np.uint8)
     return flat.data[job.start : job.start + job.bytes]

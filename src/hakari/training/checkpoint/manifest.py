@@ -11,15 +11,17 @@ A manifest is a stranger's file: whatever it claims is checked before it is used
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from hakari.training.checkpoint.boxes import Box, extents, flaw
+from hakari.training.checkpoint.boxes import Box, flaw, volume
 from hakari.training.checkpoint.dtypes import BYTES
 from hakari.training.checkpoint.fragments import TILE, DamageError, Fragment
 from hakari.training.checkpoint.source import Group, Info, Key
@@ -72,10 +74,29 @@ class Manifest:
 
 
 def write(folder: Folder, manifest: Manifest) -> None:
-    """Write the manifest, then COMMIT, each on disk before the next thing happens."""
+    """Write the manifest, then COMMIT, each on disk before the next thing happens.
+
+    Raises ValueError, having written nothing, for a manifest that `read` would refuse.
+    """
     data = json.dumps(to_json(manifest), separators=(",", ":")).encode()
+    from_json(json.loads(data), f"step {manifest.step}")
     folder.write(MANIFEST, data)
     folder.write(COMMIT, json.dumps(_commit(data, manifest)).encode())
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """No collection of cycles, which would go through 10,000 tensors' tables again and again.
+
+    They are trees, and gone without it.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _commit(data: bytes, manifest: Manifest) -> dict[str, Any]:
@@ -174,20 +195,19 @@ def from_json(table: Mapping[str, Any], where: str) -> Manifest:
 
 def _parse(table: Mapping[str, Any]) -> Manifest:
     files = {safe(name): _stored(name, row) for name, row in table["files"].items()}
-    names = list(files)
+    stored = [*files.items()]
     infos: dict[Key, Info] = {}
     fragments: dict[Key, tuple[Fragment, ...]] = {}
     contents: dict[Key, str] = {}
     for name, states in table["tensors"].items():
         for state, row in states.items():
             key = (name, state)
-            infos[key], contents[key] = _info(key, row), str(row["content"])
-            fragments[key] = tuple(
-                _fragment(key, infos[key], part, names, files) for part in row["fragments"]
-            )
-            found = flaw(infos[key].shape, [part.box for part in fragments[key]])
+            info = _info(key, row)
+            parts = tuple([_fragment(key, info, part, stored) for part in row["fragments"]])
+            infos[key], fragments[key], contents[key] = info, parts, str(row["content"])
+            found = flaw(info.shape, [part.box for part in parts])
             if found:
-                raise ValueError(f"{name} ({state}) {[*infos[key].shape]}: {found}")
+                raise ValueError(f"{name} ({state}) {[*info.shape]}: {found}")
     claimed = sum(info.bytes for info in infos.values())
     if claimed > sum(stored.bytes for stored in files.values()):
         raise ValueError(f"tensors of {claimed:,} bytes cannot lie in files that are smaller")
@@ -211,7 +231,7 @@ def _parse(table: Mapping[str, Any]) -> Manifest:
 
 
 def _info(key: Key, row: Mapping[str, Any]) -> Info:
-    dtype, shape = row["dtype"], tuple(map(_count, row["shape"]))
+    dtype, shape = row["dtype"], tuple([_count(n) for n in row["shape"]])
     if dtype not in BYTES:
         raise ValueError(f"{key[0]} ({key[1]}): dtype {dtype!r} is none of {', '.join(BYTES)}")
     if len(shape) > 64 or prod(shape) * BYTES[dtype] >= 2**62:
@@ -220,20 +240,16 @@ def _info(key: Key, row: Mapping[str, Any]) -> Info:
 
 
 def _fragment(
-    key: Key,
-    info: Info,
-    row: Sequence[Any],
-    names: Sequence[str],
-    files: Mapping[str, Stored],
+    key: Key, info: Info, row: Sequence[Any], files: Sequence[tuple[str, Stored]]
 ) -> Fragment:
     number, offset, box, crcs = row
-    file = names[_count(number)]
-    place: Box = tuple((_count(start), _count(stop)) for start, stop in box)
-    size = prod(extents(place)) * BYTES[info.dtype]
-    if _count(offset) < files[file].header or offset + size > files[file].bytes:
+    file, stored = files[_count(number)]
+    place: Box = tuple([(_count(start), _count(stop)) for start, stop in box])
+    size = volume(place) * BYTES[info.dtype]
+    if _count(offset) < stored.header or offset + size > stored.bytes:
         raise ValueError(
             f"{key[0]} ({key[1]}): bytes {offset:,} to {offset + size:,} do not lie within the "
-            f"data of {file}, which has {files[file].bytes:,}"
+            f"data of {file}, which has {stored.bytes:,}"
         )
     if len(crcs) != -(-size // TILE):
         raise ValueError(f"{key[0]} ({key[1]}): {len(crcs)} checksums for {size:,} bytes")

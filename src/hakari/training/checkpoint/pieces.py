@@ -282,7 +282,7 @@ def _product(
 
 def flatten(state: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Leaves of a nested optimizer state by their path, such as 'history/0'."""
-    if isinstance(state, Mapping) or (isinstance(state, list | tuple) and state):
+    if isinstance(state, Mapping | list | tuple) and (state or not path):
         pairs = state.items() if isinstance(state, Mapping) else enumerate(state)
         for name, value in pairs:
             yield from flatten(value, f"{path}/{name}" if path else str(name))

@@ -22,7 +22,7 @@ from hakari.training.checkpoint.assign import Held, assign
 from hakari.training.checkpoint.boxes import Box, volume
 from hakari.training.checkpoint.commit import Request, SaveError, carry_out
 from hakari.training.checkpoint.dtypes import BYTES
-from hakari.training.checkpoint.manifest import COMMIT
+from hakari.training.checkpoint.manifest import COMMIT, collector_paused
 from hakari.training.checkpoint.pieces import (
     Holdings,
     Models,
@@ -60,6 +60,7 @@ class _Session:
 _session = _Session()
 
 
+@collector_paused()
 def save(
     path: Location,
     model: Models | None,
@@ -107,7 +108,8 @@ def save(
     held: tuple[Piece, ...] = ()
     record: dict[str, Any] = {}
     try:
-        step = _checked(root, step, asynchronous, copies, when_busy)
+        step, keep = _count("step", step), _count("keep", keep)
+        _check(root, asynchronous, copies, when_busy)
         held, record = _collect(model, optimizer, pieces, extra_state, rank_state)
     except Exception as failure:  # a state_dict is anyone's code, and no rank may wait for it
         error = failure
@@ -115,14 +117,15 @@ def save(
     busy, save_id = _agree(root, step, settings | {"step": step}, when_busy)
     if busy:
         return None
+    boxes = tuple((piece.key, piece.info, piece.box) for piece in held)
     request = Request(
         root,
         step,
         save_id,
         exchange.rank(),
         exchange.world(),
-        tuple((piece.key, piece.info, piece.box) for piece in held),
-        _planned(root, held, copies, record["buffers"]),
+        boxes,
+        _planned(root, boxes, copies, record["buffers"]),
         record,
         copies,
         keep,
@@ -151,14 +154,14 @@ class _Values(Sequence[np.ndarray]):
     """The bits of tensors; those on another device come over one at a time."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.tensors = tensors
+        self.here = [as_bits(t) if t.device.type == "cpu" else t for t in tensors]
 
     def __len__(self) -> int:
-        return len(self.tensors)
+        return len(self.here)
 
     def __getitem__(self, index: Any) -> Any:
-        tensor = self.tensors[index]
-        return as_bits(tensor if tensor.device.type == "cpu" else tensor.cpu())
+        value = self.here[index]
+        return as_bits(value.cpu()) if isinstance(value, Tensor) else value
 
 
 def _collect(
@@ -223,8 +226,19 @@ def _record(found: Holdings, extra: Any, own: Any) -> dict[str, Any]:
 # --- what all processes must agree on -----------------------------------------------------
 
 
-def _checked(root: str, step: Any, asynchronous: bool, copies: str, when_busy: str) -> int:
-    """The step as an integer. Raises ValueError for what cannot be meant."""
+def _count(name: str, value: Any) -> int:
+    """A step, or how many to keep, as an integer. Raises ValueError for what is no count."""
+    try:
+        number = -1 if isinstance(value, bool) else index(value)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise ValueError(f"{name} is {value!r}: a whole number, 0 or more, is needed")
+    return number
+
+
+def _check(root: str, asynchronous: bool, copies: str, when_busy: str) -> None:
+    """Raise ValueError for what cannot be meant."""
     for name, value, known in (
         ("copies", copies, ("equal", "first")),
         ("when_busy", when_busy, ("wait", "skip")),
@@ -233,13 +247,6 @@ def _checked(root: str, step: Any, asynchronous: bool, copies: str, when_busy: s
             raise ValueError(f"{name} is {value!r}: {known[0]!r} or {known[1]!r}")
     if asynchronous and root.startswith("memory://"):
         raise ValueError(f"{root} would be in the writer process's memory: pass asynchronous=False")
-    try:
-        number = -1 if isinstance(step, bool) else index(step)
-    except TypeError:
-        number = -1
-    if number < 0:
-        raise ValueError(f"step is {step!r}: a whole number, 0 or more, is needed")
-    return number
 
 
 def _agree(root: str, step: int, settings: Mapping[str, Any], when_busy: str) -> tuple[bool, str]:
@@ -285,10 +292,10 @@ def _exists(root: str, step: int) -> bool:
     return False
 
 
-def _planned(root: str, held: Sequence[Piece], copies: str, buffers: Sequence[str]) -> Plan:
+def _planned(root: str, mine: Sequence[Held], copies: str, buffers: Sequence[str]) -> Plan:
     """What this rank writes. Worked out anew only if any rank holds something else than before."""
-    mine: list[Held] = [(piece.key, piece.info, piece.box) for piece in held]
-    digest = hashlib.sha256(f"{copies}{buffers}{mine}".encode()).hexdigest()
+    rows = [(key, info.dtype, info.shape, box) for key, info, box in mine]
+    digest = hashlib.sha256(json.dumps([copies, buffers, rows]).encode()).hexdigest()
     told = exchange.gather((digest, _free(root)))
     digests = tuple(each for each, _ in told)
     if digests != _session.digests:

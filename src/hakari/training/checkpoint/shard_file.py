@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import numpy as np
@@ -19,6 +19,8 @@ from hakari.training.checkpoint.storage import File, Folder
 
 MOST = 2**31
 """Bytes of data in a file, unless one tensor is larger: 2 GiB."""
+GATHERED = 2**20
+"""Bytes of small tensors that are written at once: 1 MiB."""
 
 
 @dataclass(frozen=True)
@@ -79,16 +81,43 @@ def write_file(
     Returns its size and header, and for each entry where it starts and the CRC-32 of each 16 MiB.
     Tensors stand in order of their width, widest first, so that all lie aligned.
     """
+    sizes = [entry.bytes for entry in entries]
     order = sorted(range(len(entries)), key=lambda i: -BYTES[entries[i].dtype])
-    head = _header([entries[i] for i in order], metadata)
+    head = _header([(entries[i], sizes[i]) for i in order], metadata)
     places: list[tuple[int, tuple[int, ...]]] = [(0, ())] * len(entries)
     at = len(head)
     with folder.create(name) as file:
-        file.write(head)
+        gathered = _Gathered(file)
+        gathered.write(memoryview(head))
         for i in order:
-            places[i] = (at, _write_tiles(file, entries[i]))
-            at += entries[i].bytes
+            places[i] = (at, _write_tiles(gathered, entries[i], sizes[i]))
+            at += sizes[i]
+        gathered.flush()
     return Stored(at, len(head), crc32(head)), places
+
+
+@dataclass
+class _Gathered:
+    """A file to which small writes go together."""
+
+    file: File
+    pending: bytearray = field(default_factory=bytearray)
+
+    def write(self, data: memoryview) -> None:
+        """Append bytes."""
+        if len(data) >= GATHERED:
+            self.flush()
+            self.file.write(data)
+            return
+        self.pending += data
+        if len(self.pending) >= GATHERED:
+            self.flush()
+
+    def flush(self) -> None:
+        """Have the file told of all of them."""
+        if self.pending:
+            self.file.write(self.pending)
+            self.pending = bytearray()
 
 
 def label(key: Key, info: Info, box: Box) -> str:
@@ -134,37 +163,37 @@ def _entry(part: Part) -> Entry:
     return Entry(name, part.info.dtype, extents(part.box), lambda: [part.values()])
 
 
-def _header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
+def _header(entries: Iterable[tuple[Entry, int]], metadata: Mapping[str, str]) -> bytes:
     table: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     at = 0
-    for entry in entries:
+    for entry, size in entries:
         if entry.name in table:
             raise ValueError(f"two tensors of a file would be called {entry.name!r}")
         table[entry.name] = {
             "dtype": entry.dtype,
-            "shape": [*entry.shape],
-            "data_offsets": [at, at + entry.bytes],
+            "shape": entry.shape,
+            "data_offsets": [at, at + size],
         }
-        at += entry.bytes
+        at += size
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % 64)
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_tiles(file: File, entry: Entry) -> tuple[int, ...]:
+def _write_tiles(file: _Gathered, entry: Entry, size: int) -> tuple[int, ...]:
     """Append the values; returns the CRC-32 of each 16 MiB, wherever the chunks end."""
     crcs: list[int] = []
     total = 0
     for chunk in entry.chunks():
-        flat = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8)
-        while len(flat):
-            piece = flat[: TILE - total % TILE].data
+        rest = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
+        while rest:
+            piece = rest[: TILE - total % TILE]
             if total % TILE == 0:
                 crcs.append(0)
             crcs[-1] = crc32(piece, crcs[-1])
             file.write(piece)
             total += len(piece)
-            flat = flat[len(piece) :]
-    if total != entry.bytes:
-        raise ValueError(f"{entry.name} has {total:,} bytes instead of {entry.bytes:,}")
+            rest = rest[len(piece) :]
+    if total != size:
+        raise ValueError(f"{entry.name} has {total:,} bytes instead of {size:,}")
     return tuple(crcs)

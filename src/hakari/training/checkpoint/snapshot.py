@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import prod
 
@@ -35,6 +36,7 @@ class Save:
     _writer: Writer | None = field(default=None, repr=False)
     _error: str | None = None
     _shown: str = field(default="", repr=False)
+    _told: bool = field(default=False, repr=False)  # whether the program has seen that it failed
 
     def done(self) -> bool:
         """Whether it is over, well or not."""
@@ -44,8 +46,9 @@ class Save:
 
     def poll(self) -> bool:
         """Whether it is complete. Raises SaveError if it failed; call it once a step."""
-        if self.done() and self._error:
-            raise SaveError(f"saving in the background failed: {self._error}")
+        error = self.failure() if self.done() else None
+        if error:
+            raise SaveError(f"saving in the background failed: {error}")
         return self.done()
 
     def wait(self) -> str:
@@ -59,7 +62,12 @@ class Save:
         """What went wrong, if it is over."""
         if wait and not self.done() and self._writer:
             self._take(self._writer.answer(wait=True))
+        self._told = self._error is not None
         return self._error
+
+    def untold(self) -> str | None:
+        """What went wrong, once it is over, unless the program has seen it."""
+        return None if self._told else self.failure(wait=True)
 
     def _take(self, answer: dict[str, str] | None) -> None:
         if answer is not None:
@@ -81,13 +89,23 @@ class Writer:
     memory: int  # file descriptor
     view: mmap.mmap | None = None
     request: Request | None = None
-    unanswered: bool = False
+    last: Save | None = None
 
     def save(self, request: Request, tensors: Sequence[Tensor], shown: str) -> Save:
         """Copy the tensors and have them written; returns when they are copied.
 
         shown: where the checkpoint is, as the user says it.
         """
+        try:
+            self._copy(request, tensors)
+            self._send(request)
+        except Exception as error:  # nothing was sent, and the other processes would wait for it
+            report(request, f"{type(error).__name__}: {error}")
+            raise
+        self.last = Save(_writer=self, _shown=shown)
+        return self.last
+
+    def _copy(self, request: Request, tensors: Sequence[Tensor]) -> None:
         if self.process.poll() is not None:
             self._start_again()
         places, size = layout(request)
@@ -101,8 +119,6 @@ class Writer:
                     self.view, dtype=TORCH[info.dtype], count=count, offset=place
                 )
                 flat.view(extents(box)).copy_(tensor)
-        self._send(request)
-        return Save(_writer=self, _shown=shown)
 
     def answer(self, wait: bool) -> dict[str, str] | None:
         """What the process said of its last save, or None if it has not yet."""
@@ -114,13 +130,11 @@ class Writer:
         if line:
             os.set_blocking(out.fileno(), True)
             line = line if line.endswith(b"\n") else line + out.readline()  # of a long message
-            self.unanswered = False
             return dict(json.loads(line))
         status = self.process.wait() if wait else self.process.poll()
         if status is None:
             return None
         said = f"the writer process ended with status {status}"
-        self.unanswered = False
         if self.request:  # it cannot tell the others any more
             report(self.request, said)
         return {"error": said}
@@ -128,7 +142,7 @@ class Writer:
     def _send(self, request: Request) -> None:
         if self.process.stdin is None:
             raise RuntimeError("the writer process was not started")
-        self.request, self.unanswered = request, True
+        self.request = request
         self.process.stdin.write(to_json(request))
         self.process.stdin.flush()
 
@@ -165,24 +179,19 @@ def _process(memory: int) -> subprocess.Popen[bytes]:
 
 def _drain(writer: Writer, owner: int) -> None:
     """At exit: let the process finish what it has. If that fails, so does the program."""
-    process, failed = writer.process, False
+    process = writer.process
     if os.getpid() != owner:  # a forked child
         return
-    if process.stdin and process.stdout and process.poll() is None:
-        process.stdin.write(b"end\n")
-        process.stdin.close()
-        os.set_blocking(process.stdout.fileno(), True)
-        for line in process.stdout:
-            error = json.loads(line).get("error")
-            if error:
-                failed = True
-                print(f"hakari: saving in the background failed: {error}", file=sys.stderr)
+    if process.stdin and process.poll() is None:
+        with suppress(BrokenPipeError):
+            process.stdin.write(b"end\n")
+            process.stdin.close()
+    error = writer.last.untold() if writer.last else None
+    if process.stdout:
         process.stdout.close()
-        process.wait()
-    elif writer.unanswered:
-        failed = True
-        print("hakari: the process that saves in the background has died", file=sys.stderr)
-    if failed:
+    process.wait()
+    if error:
+        print(f"hakari: saving in the background failed: {error}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # no other way to a status, this late

@@ -16,6 +16,7 @@ from hakari.training.checkpoint.manifest import Manifest
 from hakari.training.checkpoint.pieces import (
     Models,
     Optimizers,
+    flatten,
     name_in,
     parameter_names,
     several,
@@ -118,13 +119,33 @@ def _make(
     name: str,
     saved: Mapping[str, Any],
 ) -> None:
-    fresh: dict[str, Any] = {}
-    for key, info in saved.items():
-        if not isinstance(info, Info):
-            fresh[key] = info
-        elif key.partition("/")[0] not in state:
-            fresh[key] = _fresh(parameter, group, name, key, info)
-    state |= _nested(fresh)
+    """Put in what was saved; trees that have the same leaves already keep their tensors."""
+    trees: dict[str, dict[str, Any]] = {}
+    for key, leaf in saved.items():
+        if isinstance(leaf, Info) and isinstance(state.get(key), Tensor):
+            continue  # nearly always: a tensor that is there
+        trees.setdefault(key.partition("/")[0], {})[key] = leaf
+    for top, leaves in trees.items():
+        here = dict(flatten(state[top], top)) if top in state else {}
+        same = here.keys() == leaves.keys() and _tensors(here) == _tensors(leaves)
+        made = dict(leaves)
+        for key in _tensors(leaves):
+            made[key] = here[key] if same else _fresh(parameter, group, name, key, leaves[key])
+        state[top] = _refilled(state[top], made, top) if same else _nested(made)[top]
+
+
+def _tensors(leaves: Mapping[str, Any]) -> set[str]:
+    return {key for key, leaf in leaves.items() if isinstance(leaf, Info | Tensor)}
+
+
+def _refilled(tree: Any, leaves: Mapping[str, Any], path: str) -> Any:
+    """A tree of the same kinds with these leaves."""
+    if isinstance(tree, Mapping) and tree:
+        return {key: _refilled(value, leaves, f"{path}/{key}") for key, value in tree.items()}
+    if isinstance(tree, list | tuple) and tree:
+        items = [_refilled(value, leaves, f"{path}/{i}") for i, value in enumerate(tree)]
+        return items if isinstance(tree, list) else tuple(items)
+    return leaves[path]
 
 
 def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,7 +164,7 @@ def _listed(tree: Any) -> Any:
     if not isinstance(tree, dict):
         return tree
     inner = {key: _listed(value) for key, value in tree.items()}
-    if set(inner) == {str(number) for number in range(len(inner))}:
+    if inner and set(inner) == {str(number) for number in range(len(inner))}:
         return [inner[str(number)] for number in range(len(inner))]
     return inner
 
