@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,10 +22,19 @@ def ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
         ProcessPoolExecutor(size, get_context("spawn")) as pool,
     ):
         calls = [pool.submit(on_rank, rank, size, meeting, work, arguments) for rank in range(size)]
-        errors = [error for call in calls if (error := call.exception(timeout=300))]
-        if errors:  # the first cause, not the peers' "connection reset" that follows from it
-            raise min(errors, key=lambda error: "peer" in str(error))
+        _, waiting = wait(calls, 300, FIRST_EXCEPTION)
+        if waiting:  # for a rank that failed, or for one another
+            wait(waiting, 5)
+            for process in list(pool._processes.values()):
+                process.kill()
+        errors = [error for call in calls if (error := call.exception())]
+        if errors:  # the first cause, not what followed from it on the other ranks
+            raise min(errors, key=_follows)
         return [call.result() for call in calls]
+
+
+def _follows(error: BaseException) -> bool:
+    return isinstance(error, BrokenProcessPool) or "peer" in str(error)
 
 
 def on_rank(

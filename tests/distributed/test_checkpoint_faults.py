@@ -153,7 +153,7 @@ def test_an_error_at_any_time_loses_nothing(folder, after):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize(("call", "every"), [("fsync", 7), ("write", 23), ("replace", 3)])
+@pytest.mark.parametrize(("call", "every"), [("fsync", 7), ("write", 5), ("replace", 3)])
 def test_errors_again_and_again_damage_no_checkpoint(folder, call, every, rank):
     """At every place where a rank can fail, such as after the others have seen its record."""
     fault = Faulty(call, after=0, number=BROKEN, every=every)
@@ -168,7 +168,7 @@ def test_errors_again_and_again_damage_no_checkpoint(folder, call, every, rank):
 
 
 def test_a_disk_that_stays_full_fails_every_save_and_keeps_the_last(folder):
-    fault = Faulty("write", after=40, number=FULL, forever=True)
+    fault = Faulty("write", after=8, number=FULL, forever=True)
     plan = Plan(str(folder / "run"), 2, 6, asynchronous=False, fault=fault, rank=1, timeout=1.0)
     world = went(plan, folder / "meeting")
     done = world.acknowledged
