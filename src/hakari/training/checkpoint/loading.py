@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from hakari.training.checkpoint.dtypes import bits
 from hakari.training.checkpoint.foreign.optimizer_class import class_by_states
 from hakari.training.checkpoint.fragments import DamageError
 from hakari.training.checkpoint.manifest import Manifest, check_sizes, collector_paused
+from hakari.training.checkpoint.matching import Target, compare, targets_of
 from hakari.training.checkpoint.pieces import (
     Models,
     Optimizers,
@@ -30,7 +30,7 @@ from hakari.training.checkpoint.pieces import (
     stateful_modules,
 )
 from hakari.training.checkpoint.retention import named, steps
-from hakari.training.checkpoint.source import WEIGHT, Info, Key
+from hakari.training.checkpoint.source import WEIGHT, Key
 from hakari.training.checkpoint.states import grouped, made_states, restore_options
 from hakari.training.checkpoint.storage import Location
 from hakari.training.checkpoint.stored import EXTRA, Stored, extras, open_stored, read_all
@@ -112,7 +112,7 @@ def load(
     threads = workers or min(4, os.cpu_count() or 1)
     with _made_on_all(stored, parts, optimizer, strict):
         targets, tied = _found_on_all(stored, parts, optimizer, pieces, cast)
-        missing, unused = _compare(stored, targets, tied, states, strict)
+        missing, unused = compare(stored, targets, tied, states, strict)
         if optimizer is not None and strict:
             _same_groups(stored, parts, optimizer)
         present = [target for target in targets if target.saved is not None]
@@ -132,20 +132,6 @@ def load(
         sum(target.piece.tensor.nbytes for target in present),
         time.perf_counter() - begun,
     )
-
-
-@dataclass(frozen=True)
-class Target:
-    """A piece to fill, and the tensor in the checkpoint that it is filled from, if there is one.
-
-    exact: whether both are of the same type. memory: the tensor's own bits, if it is on the host.
-    """
-
-    piece: Piece
-    saved: Key | None
-    info: Info | None
-    exact: bool = False
-    memory: np.ndarray | None = None
 
 
 def _open(path: Location, states: Collection[str] | None, may_zero: Collection[str]) -> Stored:
@@ -321,111 +307,11 @@ def _found_on_all(
                     "model.to_empty(device=...) before loading"
                 )
         tied = held.tied
-        targets = _targets(stored.manifest, held.pieces, cast)
+        targets = targets_of(stored.manifest, held.pieces, cast)
     except (ValueError, TypeError) as failure:
         error = failure
     exchange.raise_together(error)
     return targets, sum(exchange.gather(tied), Ties())
-
-
-# --- what goes where ----------------------------------------------------------------------
-
-
-def _targets(found: Manifest, pieces: Sequence[Piece], cast: bool) -> list[Target]:
-    alias = {name: names for names in found.tied for name in names}
-    targets = []
-    for piece in pieces:
-        key = _saved_as(found, piece.key, alias)
-        if key is None:
-            targets.append(Target(piece, None, None))
-            continue
-        info, here = found.infos[key], piece.info
-        if info != here:
-            _fits(piece, key, info, cast)
-        memory = as_bits(piece.tensor) if piece.tensor.device.type == "cpu" else None
-        targets.append(Target(piece, key, info, info.dtype == here.dtype, memory))
-    return targets
-
-
-def _saved_as(found: Manifest, key: Key, alias: Mapping[str, tuple[str, ...]]) -> Key | None:
-    """The tensor a key was saved as: tied ones were saved under one of their names."""
-    if key in found.infos:
-        return key
-    for name in alias.get(key[0], ()):
-        if (name, key[1]) in found.infos:
-            return name, key[1]
-    return None
-
-
-def _fits(piece: Piece, key: Key, info: Info, cast: bool) -> None:
-    name = f"{key[0]} ({key[1]})"
-    if info.shape != piece.shape:
-        raise ValueError(f"{name} is {[*info.shape]} in the checkpoint and {[*piece.shape]} here")
-    if info.dtype != piece.info.dtype and not cast:
-        raise ValueError(
-            f"{name} is {info.dtype} in the checkpoint and {piece.info.dtype} here: make it the "
-            "same, or pass cast=True to convert"
-        )
-
-
-def _compare(
-    stored: Stored,
-    targets: Sequence[Target],
-    tied: Ties,
-    states: Collection[str] | None,
-    strict: bool,
-) -> tuple[tuple[Key, ...], tuple[Key, ...]]:
-    """Tensors that only this program has, and that only the checkpoint has, over all ranks."""
-    told = exchange.gather(
-        (
-            {target.piece.key for target in targets if target.saved is None},
-            {target.saved for target in targets if target.saved is not None},
-        )
-    )
-    missing = sorted(set().union(*(keys for keys, _ in told)))
-    used: set[Key] = set().union(*(keys for _, keys in told))
-    unused = sorted(
-        key
-        for key in stored.manifest.infos
-        if key not in used and key[1] != EXTRA and (states is None or key[1] in states)
-    )
-    unused = _without_equal_copies(stored, used, tied, unused)
-    if strict and (missing or unused):
-        raise ValueError(_difference(stored, missing, unused))
-    return tuple(missing), tuple(unused)
-
-
-def _without_equal_copies(
-    stored: Stored, used: Collection[Key], tied: Ties, unused: Sequence[Key]
-) -> list[Key]:
-    """Tensors that are tied here, and were saved apart but equal, are not missed."""
-    saved, infos = stored.manifest.contents, stored.manifest.infos
-
-    def copy(key: Key) -> bool:
-        names = {name for each in tied if key[0] in each for name in each}
-        others = [(name, WEIGHT) for name in names if (name, WEIGHT) in used]
-        return key[1] == WEIGHT and any(
-            (infos[other], saved[other]) == (infos[key], saved[key]) for other in others
-        )
-
-    return [key for key in unused if not copy(key)]
-
-
-def _difference(stored: Stored, missing: Sequence[Key], unused: Sequence[Key]) -> str:
-    """Both lists, with the nearest name on the other side where there is one."""
-    lines = [f"{stored.folder.where} does not fit this program"]
-    for said, keys, others in (
-        ("only here", missing, unused),
-        ("only in the checkpoint", unused, missing),
-    ):
-        if keys:
-            shown = []
-            for name, state in keys[:8]:
-                near = difflib.get_close_matches(name, [o[0] for o in others if o[1] == state], 1)
-                shown.append(f"{name} ({state})" + (f", like {near[0]}" if near else ""))
-            more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
-            lines.append(f"{said} ({len(keys)}): {'; '.join(shown)}{more}")
-    return ". ".join(lines) + ". Pass strict=False to load what both have"
 
 
 # --- filling ------------------------------------------------------------------------------
