@@ -41,6 +41,7 @@ bench: setup
 	$(BIN)/python benchmarks/routers.py
 	$(BIN)/python benchmarks/lp_coverage.py
 	$(BIN)/python benchmarks/local_projections.py
+	$(BIN)/python benchmarks/checkpoint.py
 
 clean:
 	rm -rf $(VENV) site runs .pytest_cache .mypy_cache .ruff_cache
