@@ -10,18 +10,20 @@ from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
-from hakari import __version__, checkpoint_cli
+from hakari import __version__, checkpoint_cli, gibbs_cli
 
 app = App(
     name="hakari",
     version=__version__,
     help="""Weigh evidence without a likelihood: posteriors from moment conditions.
 
-Start with `hakari demo`, then try `hakari iv --help` or `hakari lp --help` on your own data.""",
+Start with `hakari demo`, then try `hakari iv --help`, `hakari lp --help` or `hakari gibbs --help`
+on your own data.""",
     help_format="markdown",
     suppress_keyboard_interrupt=False,
 )
 app.command(checkpoint_cli.app)
+app.command(gibbs_cli.gibbs)
 
 MODEL = Group.create_ordered(
     "Model",
@@ -411,7 +413,8 @@ def demo(*, out: Out = None, json: Json = False) -> int:
     """Each system on real data, from data to one report; needs no download.
 
     Returns to schooling (Card, 1995), with one instrument and with two; what a rise of the
-    interest rate does to output, prices and unemployment; training of a small language model.
+    interest rate does to output, prices and unemployment; food expenditure by income (Engel),
+    median and 0.9 quantile; training of a small language model.
 
     Parameters
     ----------

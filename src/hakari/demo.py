@@ -21,6 +21,7 @@ CHAPTERS = (  # by address: a half is imported only when its chapter's turn come
     "hakari.inference.card:just_identified",
     "hakari.inference.card:over_identified",
     "hakari.inference.macro:monetary_policy",
+    "hakari.inference.engel:food_and_income",
     "hakari.training.chapter:train_tiny",
 )
 

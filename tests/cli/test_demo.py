@@ -25,6 +25,7 @@ from hakari.training.config import from_dict, load
 
 from .conftest import hakari
 
+INFERENCE = ["card-nearc4", "card-nearc2-nearc4", "monetary-policy", "engel"]
 CARD = ["Card: one instrument", "Card: two instruments"]
 MACRO = [
     "Monetary policy: responses to a rate rise",
@@ -34,6 +35,13 @@ MACRO = [
     "The prior's share",
     "Learning rates",
     "Diagnostics",
+    "How to repeat",
+]
+ENGEL = [
+    "Engel: food and income",
+    "The median",
+    "The 0.9 quantile",
+    "Calibration and draws",
     "How to repeat",
 ]
 TRAINING = ["Training: a mixture of experts", "The run", "Experts", "What it writes"]
@@ -59,7 +67,7 @@ def test_numbers_are_linearmodels(demo):
     done, _ = demo
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["chapters"]
-    assert list(found) == ["card-nearc4", "card-nearc2-nearc4", "monetary-policy", "moe"]
+    assert list(found) == [*INFERENCE, "moe"]
     for name, excluded in (("card-nearc4", "nearc4"), ("card-nearc2-nearc4", "nearc2 + nearc4")):
         formula = f"lwage ~ 1 + exper + expersq + black + south + smsa + [educ ~ {excluded}]"
         for label, model in (("IV-GMM", IVGMM), ("CUE", IVGMMCUE)):
@@ -89,6 +97,8 @@ def test_the_run_folder_loads(demo):
         assert hi.load(run / f"{name}.nc").attrs["rows"] == 3010
         assert (run / f"{name}.csv").is_file()
     assert hi.load(run / "monetary-policy.nc").attrs["rows"] == 179
+    for tau in ("0.5", "0.9"):
+        assert hi.load(run / f"engel-{tau}.nc").attrs["rows"] == 235
     policy = read_config(run)["chapters"]["monetary-policy"]
     assert policy["posterior"]["calibrate"] is True
     assert len(policy["posterior"]["learning_rates"]) == 3
@@ -154,7 +164,7 @@ def test_the_report_is_self_contained(report):
     page = Page(text)
     assert page.title.strip() == "hakari demo: each system on real data"
     cards = [h for chapter in CARD for h in (chapter, *SECTIONS)]
-    assert page.headings == cards + MACRO + TRAINING
+    assert page.headings == cards + MACRO + ENGEL + TRAINING
     assert all(address.startswith("data:") for address in page.loads)
     assert page.loads.count("data:,") == 1
     assert len([a for a in page.loads if a.startswith("data:image/svg")]) >= 8

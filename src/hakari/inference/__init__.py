@@ -3,6 +3,11 @@
 from hakari.inference.anderson_rubin import anderson_rubin
 from hakari.inference.covariance import Covariance, parse_covariance
 from hakari.inference.diagnostics import convergence_notes, multivariate_ess, summary
+from hakari.inference.gibbs import losses
+from hakari.inference.gibbs.adjustment import sandwich_adjusted
+from hakari.inference.gibbs.calibration import Calibration, calibrate
+from hakari.inference.gibbs.losses import Loss
+from hakari.inference.gibbs.posterior import GibbsPosterior
 from hakari.inference.gmm import estimate
 from hakari.inference.horseshoe import Horseshoe
 from hakari.inference.identification import tail
@@ -20,28 +25,34 @@ from hakari.inference.sampling import sample
 from hakari.inference.weak_prior import weak_prior
 
 __all__ = [
+    "Calibration",
     "Covariance",
     "Flat",
     "GaussianProcess",
+    "GibbsPosterior",
     "Horseshoe",
     "ImpulseResponse",
     "LinearMoments",
     "LocalProjection",
+    "Loss",
     "Normal",
     "ProjectionPosterior",
     "QuasiPosterior",
     "RoughnessPenalty",
     "StudentT",
     "anderson_rubin",
+    "calibrate",
     "convergence_notes",
     "estimate",
     "expectile_moments",
     "first_stage",
     "load",
+    "losses",
     "multivariate_ess",
     "parse_covariance",
     "ridge_moments",
     "sample",
+    "sandwich_adjusted",
     "save",
     "summary",
     "tail",

@@ -21,6 +21,7 @@ from numpy.random import Generator, SeedSequence, default_rng
 from threadpoolctl import threadpool_limits
 
 from hakari.inference.density import Target, evaluate
+from hakari.inference.gibbs.posterior import GibbsPosterior
 from hakari.inference.identification import refuse_improper
 from hakari.inference.kernels.independence import Reference
 from hakari.inference.posterior import QuasiPosterior
@@ -32,7 +33,7 @@ from hakari.inference.result import Draws, Plan, read_positions, to_datatree
 
 Method = Literal[
     "auto", "mh", "da", "da-exact", "da-approx", "independence", "preconditioned", "concentrated",
-    "gibbs",
+    "gibbs", "smc", "pcn", "mala",
 ]  # fmt: skip
 METHODS = ("auto", "mh", "da", "da-exact", "da-approx", "independence", "preconditioned")
 MIX = 0.05  # share of random-walk steps that keeps da-exact and da-approx ergodic
@@ -41,7 +42,7 @@ SUB_BLOCK = 4096  # proposals evaluated at a time: features and covariances stay
 
 
 def sample(
-    posterior: QuasiPosterior | ProjectionPosterior,
+    posterior: QuasiPosterior | ProjectionPosterior | GibbsPosterior,
     method: Method = "auto",
     draws: int = 2000,
     chains: int = 4,
@@ -51,13 +52,15 @@ def sample(
     progress: bool = False,
     resume: xr.DataTree | None = None,
 ) -> xr.DataTree:
-    """Draw from the quasi-posterior.
+    """Draw from the quasi-posterior, or the Gibbs posterior of a loss.
 
-    method: a kernel, or `auto`, which runs a pilot, picks one and says why.
-    draws, chains: kept draws a chain, and chains; any number.
+    method: a kernel, or `auto`, which picks one (by a pilot, where there are pilots) and says why.
+        Gibbs posteriors have `mh`, `smc`, `pcn` and `mala`.
+    draws, chains: kept draws a chain, and chains; any number. Of `smc`: particles and runs.
     seed: whole number; the same draws for the same seed, whatever the workers. None takes
         one from the system and records it.
-    warmup: iterations a chain that tune the proposal and are not kept; default 1,000 or 40 K.
+    warmup: iterations a chain that tune the proposal and are not kept; default 1,000 or 40 K;
+        not read by `smc`, which tunes as it tempers.
     progress: a progress bar on the error stream.
     resume: an earlier result of the same posterior; its draws are kept, and its chains continue
         with their kernel and streams (method, chains, seed and warmup are not read).
@@ -76,6 +79,8 @@ def sample(
     began = time.perf_counter()
     if isinstance(posterior, ProjectionPosterior):
         return _sample_projection(posterior, method, draws, chains, seed, warmup, progress, resume)
+    if isinstance(posterior, GibbsPosterior):
+        return _sample_gibbs(posterior, method, draws, chains, seed, warmup, progress, resume)
     _check(posterior, method, draws, chains, seed, warmup)
     seed = _seeded(seed)
     with threadpool_limits(1, user_api="blas"):  # small matrices; and sums in one order
@@ -143,6 +148,35 @@ def _sample_projection(
         }
         prior = default_rng(roots[-1])
         return projection_tree(posterior, method, kept, prior, settings, interrupted)
+
+
+def _sample_gibbs(
+    posterior: GibbsPosterior,
+    method: str,
+    draws: int,
+    chains: int,
+    seed: int | None,
+    warmup: int | None,
+    progress: bool,
+    resume: xr.DataTree | None,
+) -> xr.DataTree:
+    """As `sample`, of Gibbs posteriors: their kernels are in gibbs/samplers.py."""
+    from hakari.inference.gibbs import samplers
+    from hakari.inference.gibbs.result import to_datatree as gibbs_tree
+
+    _check_numbers(draws, chains, seed, warmup)
+    if resume is not None:
+        raise ValueError("resume: draws of Gibbs posteriors are not continued; ask for more draws")
+    seed, began = _seeded(seed), time.perf_counter()
+    roots = SeedSequence(seed).spawn(chains + 1)
+    with threadpool_limits(1, user_api="blas"):
+        plan = samplers.plan(posterior, method)
+        started = samplers.begin(plan, [_streams(root) for root in roots[:-1]], warmup)
+        warm = time.perf_counter()
+        with _bar(progress, draws, plan.method) as tick:
+            kept, interrupted = samplers.draw(plan, started, draws, tick)
+    times = {"warmup_seconds": warm - began, "sampling_seconds": time.perf_counter() - warm}
+    return gibbs_tree(plan, kept, default_rng(roots[-1]), {"seed": seed} | times, interrupted)
 
 
 def _rounds(
@@ -448,7 +482,7 @@ def _workers(groups: int) -> int:
 
 
 @contextmanager
-def _bar(progress: bool, draws: int, method: str) -> Iterator[Callable[[int], Any]]:
+def _bar(progress: bool, draws: int, method: str) -> Iterator[Callable[[float], Any]]:
     if not progress:
         yield lambda size: None
         return

@@ -1,0 +1,1 @@
+"""Gibbs posteriors of losses, and learning rates at which their credible sets cover."""

@@ -1,0 +1,317 @@
+"""`calibrate`: the learning rate at which credible sets cover as often as they say.
+
+Syring and Martin (2019) ask that sets of bootstrap posteriors cover the full data's θ̂ at their
+nominal level. The methods differ in how they know those posteriors: by simulating them again at
+each rate (`gpc`), by reweighting particles (`gpc-wp`, arXiv 2405.04845), by tempering them
+(`gpc-smc`, 2404.16528), or by importance sampling (`cloud`, `shift`; design note
+gibbs-calibration, section 1.10).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from numpy import ndarray
+from scipy.stats import binom
+
+from hakari.inference.gibbs import cloud as clouds
+from hakari.inference.gibbs.bootstrap import Scheme, check_scheme, default_m, draw_weights
+from hakari.inference.gibbs.cached_losses import cache_for
+from hakari.inference.gibbs.importance import (
+    Found,
+    Problem,
+    calibrate_regions,
+    default_particles,
+)
+from hakari.inference.gibbs.losses import Loss
+from hakari.inference.gibbs.posterior import GibbsPosterior
+from hakari.inference.gibbs.regions import Region, regions_of
+from hakari.inference.gibbs.sandwich import CubeRootError
+from hakari.inference.sampling import generator
+
+Method = Literal["auto", "cloud", "shift", "gpc", "gpc-wp", "gpc-smc"]
+METHODS = ("auto", "cloud", "shift", "gpc", "gpc-wp", "gpc-smc")
+CLOUD_UP_TO = 5  # coefficients
+BEYOND = 0.05  # share of data sets whose particles may fail before `auto` simulates
+SPREAD = 1.5  # ratio of directions' rates from which no single one is said to calibrate
+Solver = Callable[[Problem, Sequence[Region], float, Callable[[str], None]], list[Found]]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A calibrated learning rate, and what speaks for and against it.
+
+    posterior: the Gibbs posterior at `learning_rate`, the smallest of the regions' rates, so that
+    every region covers at least at the level. found: one a region, each at its own rate.
+    why: of the method. spectrum: eigenvalues of J^(−1/2) K J^(−1/2), one over the large-sample
+    rate of each direction; empty for losses that jump. notes: what to know before trusting it.
+    """
+
+    posterior: GibbsPosterior
+    level: float
+    bootstrap: str
+    method: str
+    why: str
+    found: tuple[Found, ...]
+    spectrum: Float[ndarray, " d"]
+    seconds: float
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of `posterior`."""
+        return self.posterior.learning_rate
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """90 % interval of the learning rate: bootstrap and Monte Carlo error together."""
+        return min(self.found, key=lambda each: each.rate).interval
+
+    @property
+    def rates(self) -> pd.DataFrame:
+        """A row a region: rate, its interval, the large-sample rate, particles' quality."""
+        rows = {
+            f.region.label: {
+                "rate": f.rate,
+                "lower 90%": f.interval[0],
+                "upper 90%": f.interval[1],
+                "monte carlo": f.monte_carlo,
+                "asymptotic": f.asymptotic,
+                "worst k-hat": float(f.k_hat.max()),
+                "fewest effective": float(f.effective.min()),
+            }
+            for f in self.found
+        }
+        return pd.DataFrame.from_dict(rows, orient="index")
+
+    @property
+    def coverage_curve(self) -> pd.DataFrame:
+        """Share of data sets whose region covers θ̂, at every level, each region at its own rate.
+
+        `lower`, `upper`: where 95 % of such shares fall if the levels are right.
+        """
+        levels = np.linspace(0.01, 0.99, 99)
+        frame = pd.DataFrame({"level": levels})
+        for f in self.found:
+            frame[f.region.label] = [(f.ranks <= c).mean() for c in levels]
+        B = len(self.found[0].ranks)
+        frame["lower"], frame["upper"] = (binom.ppf(q, B, levels) / B for q in (0.025, 0.975))
+        return frame
+
+    def plot(self) -> Any:
+        """A matplotlib `Figure`: the coverage curve, and the credibility ranks."""
+        from hakari.inference.gibbs.plots import coverage
+
+        return coverage(self)
+
+    def __str__(self) -> str:
+        B, loss = len(self.found[0].ranks), self.posterior.risk.loss.name
+        columns = ["rate", "lower 90%", "upper 90%", "asymptotic"]
+        lines = [
+            f"{loss}: {self.level:.0%} regions cover in {B} {self.bootstrap} data sets at",
+            self.rates[columns].to_string(float_format="{:.3g}".format),
+            f"method {self.method}: {self.why}",
+            *(f"note: {note}" for note in self.notes),
+        ]
+        return "\n".join(lines)
+
+
+def calibrate(
+    posterior: GibbsPosterior,
+    level: float = 0.95,
+    region: str | Callable[[ndarray], ndarray] = "marginal",
+    bootstrap: Scheme = "multinomial",
+    replicates: int = 500,
+    method: Method = "auto",
+    seed: int = 0,
+    *,
+    coefficients: Sequence[str] | None = None,
+    particles: int | None = None,
+    block: int | None = None,
+    m: int | None = None,
+    cache: str | Path | None = None,
+    progress: bool = False,
+) -> Calibration:
+    """Find the learning rate at which credible sets of `level` cover that often.
+
+    Data sets are drawn by a bootstrap; in each, the posterior's region is asked whether it covers
+    the minimiser θ̂ of the full data. The rate is where the share that does is the level.
+
+    region: `marginal`, an equal-tailed interval of each of `coefficients` (default all), each with
+    its own rate; `ellipse`, all coefficients at once in the posterior's metric; `hpd`, highest
+    posterior density; or a function of theta (..., d) that returns (...).
+    bootstrap, block, m: as of `draw_weights`; `cluster` needs a posterior with clusters.
+    replicates: data sets; the rate's standard error is about 8.5 % with 500 (note, section 1.7).
+    method: `cloud` and `shift` (importance sampling: one set of particles, or one a data set),
+    `gpc`, `gpc-wp`, `gpc-smc` (posterior simulation), or `auto`, which says why in `why`.
+    particles: of the cloud, or of each data set; a power of 2 for `cloud` and `shift`.
+    cache: folder in which losses are kept, so that an interrupted call goes on from there.
+    seed: the same result for the same seed, whatever the workers. progress: a line on stderr.
+
+    Raises ValueError for settings that do not fit, CubeRootError for a loss that jumps unless
+    bootstrap is 'm-out-of-n' (then the rate is scaled to n rows by (m/n)^(1/3)).
+
+    >>> import hakari.inference as hi
+    >>> y = np.random.default_rng(1).standard_normal(100) * 2
+    >>> gibbs = hi.GibbsPosterior(hi.losses.squared(), (y, np.ones(100)))
+    >>> round(hi.calibrate(gibbs, seed=1).learning_rate, 1)
+    0.3
+    """
+    began = time.perf_counter()
+    regions = regions_of(region, posterior.parameters, coefficients)
+    clusters = posterior.clusters if bootstrap == "cluster" else None
+    n, d = posterior.risk.n, len(posterior.parameters)
+    _check(level, replicates, method, particles, seed)
+    check_scheme(bootstrap, n, clusters, block, m)
+    jumps = _jumps(posterior, bootstrap)
+    chosen, why = _chosen(method, d, jumps)
+    chance = generator(seed, "bootstrap")
+    settings: dict[str, Any] = {"clusters": clusters, "block": block, "m": m}
+    weights = draw_weights(bootstrap, n, replicates, chance, **settings)
+    problem = Problem(
+        posterior,
+        weights,
+        None if jumps else clouds.first_order(posterior, weights),
+        chosen,
+        particles or default_particles(chosen, d),
+        seed,
+        cache_for(cache, posterior, weights),
+    )
+    with told(progress) as tell:
+        found = tuple(_solver(chosen)(problem, regions, level, tell))
+        if method == "auto" and not _sound(found):
+            chosen, why = "gpc-wp", f"{chosen} does not reach these posteriors ({_worst(found)})"
+            problem = replace(problem, method=chosen, particles=default_particles(chosen, d))
+            found = tuple(_solver(chosen)(problem, regions, level, tell))
+    if jumps:
+        size = (m or default_m(n)) / n
+        found = tuple(f.scaled(size ** (1 / 3)) for f in found)
+    spectrum = np.empty(0) if jumps else posterior.sandwich.spectrum
+    return Calibration(
+        posterior.at_rate(min(f.rate for f in found)),
+        level,
+        bootstrap,
+        chosen,
+        why,
+        found,
+        spectrum,
+        time.perf_counter() - began,
+        tuple(_notes(found, spectrum, replicates, level)),
+    )
+
+
+# --- parts --------------------------------------------------------------------------------
+
+
+def _check(level: float, replicates: int, method: str, particles: int | None, seed: int) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level {level!r}: a probability between 0 and 1 is needed")
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is unknown: use one of {', '.join(METHODS)}")
+    needed = max(50, int(np.ceil(10 / min(level, 1 - level) - 1e-9)))
+    if not isinstance(replicates, int | np.integer) or replicates < needed:
+        raise ValueError(
+            f"replicates {replicates!r}: at least {needed} data sets are needed for level {level:g}"
+        )
+    if not isinstance(seed, int | np.integer) or seed < 0:
+        raise ValueError(f"seed {seed!r}: a whole number of at least 0 is needed")
+    if particles is not None and (particles < 256 or particles & (particles - 1)):
+        raise ValueError(f"particles {particles!r}: a power of 2 of at least 256 is needed")
+
+
+def _jumps(posterior: GibbsPosterior, bootstrap: str) -> bool:
+    """Whether the loss jumps. Raises CubeRootError where the bootstrap does not allow for it."""
+    if isinstance(posterior.risk.loss, Loss) and posterior.risk.loss.jumps:
+        if bootstrap == "m-out-of-n":
+            return True
+        raise CubeRootError(
+            f"loss {posterior.risk.loss.name!r} jumps, so that its minimiser converges at the rate "
+            f"n^(-1/3) and bootstrap={bootstrap!r} does not mimic it: use bootstrap='m-out-of-n', "
+            "or smooth the loss"
+        )
+    _ = posterior.sandwich
+    return False
+
+
+def _chosen(method: str, d: int, jumps: bool) -> tuple[str, str]:
+    if jumps:
+        if method in ("cloud", "shift"):
+            raise ValueError(f"method {method!r} is not for losses that jump: use 'gpc-wp'")
+        return (
+            "gpc-wp" if method == "auto" else method
+        ), "the loss jumps: posteriors are simulated"
+    if method != "auto":
+        return method, "as asked"
+    if d <= CLOUD_UP_TO:
+        return "cloud", f"one set of particles reaches all data sets with {d} coefficients"
+    return "shift", f"with {d} coefficients each data set needs particles of its own"
+
+
+def _solver(method: str) -> Solver:
+    if method in ("cloud", "shift"):
+        return calibrate_regions
+    from hakari.inference.gibbs import gpc
+
+    solver: Solver = gpc.SOLVERS[method]
+    return solver
+
+
+def _failed(found: Found) -> float:
+    """Share of data sets whose particles do not reach."""
+    return float(found.lost.mean())
+
+
+def _sound(found: Sequence[Found]) -> bool:
+    return all(f.solved and _failed(f) <= BEYOND for f in found)
+
+
+def _worst(found: Sequence[Found]) -> str:
+    worst = max(found, key=lambda f: (not f.solved, _failed(f)))
+    if not worst.solved:
+        return f"no rate was found for {worst.region.label}"
+    return f"{_failed(worst):.0%} of the data sets for {worst.region.label}"
+
+
+def _notes(
+    found: Sequence[Found], spectrum: ndarray, replicates: int, level: float
+) -> Iterator[str]:
+    for f in found:
+        if not f.solved:
+            yield f"{f.region.label}: no rate was found at which {level:.0%} sets cover"
+        elif _failed(f) > 0:
+            yield (
+                f"{f.region.label}: the particles of {_failed(f):.1%} of the data sets do not "
+                "reach (k-hat or effective size); method='gpc' simulates them instead"
+            )
+    if len(spectrum) > 1 and spectrum.max() > SPREAD * spectrum.min():
+        yield (
+            f"no single rate calibrates all directions: in large samples their rates run from "
+            f"{1 / spectrum.max():.3g} to {1 / spectrum.min():.3g}; sandwich_adjusted(draws, "
+            "posterior) gives each its own"
+        )
+    width = max(np.log(f.interval[1] / f.interval[0]) for f in found)
+    if width > np.log(1.6):
+        yield (
+            f"the rate is known within a factor of {np.exp(width):.2f} (90% interval): give more "
+            f"replicates than {replicates}"
+        )
+
+
+@contextmanager
+def told(progress: bool) -> Iterator[Callable[[str], None]]:
+    """A line on stderr that says what is being done."""
+    if not progress:
+        yield lambda text: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("calibrating") as status:
+        yield lambda text: status.update(f"calibrating: {text}")
