@@ -151,6 +151,10 @@ def test_a_loss_that_jumps_is_calibrated_from_m_rows():
     assert 0 < found.learning_rate < np.inf
 
 
-def test_a_climb_needs_a_place_to_start_from():
-    with pytest.raises(ValueError, match="give a proper prior, or use 'gpc-wp'"):
-        hi.calibrate(threshold(hi.Flat()), bootstrap="m-out-of-n", method="gpc-smc", replicates=200)
+def test_a_bounded_loss_under_a_flat_prior_has_no_posterior():
+    flat = threshold(hi.Flat())
+    for method in ("auto", "gpc", "gpc-smc"):
+        with pytest.raises(
+            ValueError, match=r"bounded: under a flat prior on theta\[0\] it has no"
+        ):
+            hi.calibrate(flat, bootstrap="m-out-of-n", method=method, replicates=200)

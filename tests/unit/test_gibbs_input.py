@@ -153,9 +153,10 @@ def test_jumps():
         CubeRootError, match=r"'threshold' jumps.*bootstrap='multinomial'.*use boot"
     ):
         hi.calibrate(told)
+    proper = hi.GibbsPosterior(losses.threshold(), rows, hi.Normal(0, 1), start=[0.0])
     for method in ("cloud", "shift"):
         with refused(f"method {method!r} is not for losses that jump: use 'gpc-wp'"):
-            hi.calibrate(told, bootstrap="m-out-of-n", method=method)
+            hi.calibrate(proper, bootstrap="m-out-of-n", method=method)
     with refused("a loss that jumps has no large-sample form"):
         Problem(told, np.ones((5, 60)), None, "gpc", 256, 0, None).centres  # type: ignore[arg-type]
 

@@ -33,6 +33,7 @@ from hakari.inference.gibbs.importance import (
 )
 from hakari.inference.gibbs.losses import Loss
 from hakari.inference.gibbs.posterior import GibbsPosterior
+from hakari.inference.gibbs.propriety import refuse_bounded
 from hakari.inference.gibbs.regions import Region, regions_of
 from hakari.inference.gibbs.sandwich import CubeRootError
 from hakari.inference.sampling import generator
@@ -171,6 +172,7 @@ def calibrate(
     n, d = posterior.risk.n, len(posterior.parameters)
     _check(level, replicates, method, particles, seed)
     check_scheme(bootstrap, n, clusters, block, m)
+    refuse_bounded(posterior)
     jumps = _jumps(posterior, bootstrap)
     chosen, why = _chosen(method, d, jumps)
     chance = generator(seed, "bootstrap")
@@ -231,6 +233,7 @@ def _jumps(posterior: GibbsPosterior, bootstrap: str) -> bool:
     """Whether the loss jumps. Raises CubeRootError where the bootstrap does not allow for it."""
     if isinstance(posterior.risk.loss, Loss) and posterior.risk.loss.jumps:
         if bootstrap == "m-out-of-n":
+            _refuse_flat(posterior)
             return True
         raise CubeRootError(
             f"loss {posterior.risk.loss.name!r} jumps, so that its minimiser converges at the rate "
@@ -239,6 +242,17 @@ def _jumps(posterior: GibbsPosterior, bootstrap: str) -> bool:
         )
     _ = posterior.sandwich
     return False
+
+
+def _refuse_flat(posterior: GibbsPosterior) -> None:
+    """Losses that jump are bounded: a flat prior would leave no posterior to calibrate."""
+    closed = {k for block in posterior.blocks for k in block.positions}
+    free = [name for k, name in enumerate(posterior.parameters) if k not in closed]
+    if free:
+        raise ValueError(
+            f"loss {posterior.risk.loss.name!r} jumps and is bounded: under a flat prior on "
+            f"{', '.join(free)} it has no posterior; give a Normal or StudentT prior"
+        )
 
 
 def _chosen(method: str, d: int, jumps: bool) -> tuple[str, str]:
@@ -251,7 +265,10 @@ def _chosen(method: str, d: int, jumps: bool) -> tuple[str, str]:
     if method != "auto":
         return method, "as asked"
     if d <= CLOUD_UP_TO:
-        return "cloud", f"one set of particles reaches all data sets with {d} coefficients"
+        return (
+            "cloud",
+            f"one set of particles reaches all data sets with {d} coefficient{'s' * (d > 1)}",
+        )
     return "shift", f"with {d} coefficients each data set needs particles of its own"
 
 

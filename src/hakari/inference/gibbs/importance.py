@@ -124,7 +124,7 @@ def default_particles(method: str, d: int) -> int:
     """Particles of the cloud, or of each data set; a power of 2."""
     if method == "cloud":
         return {1: 4096, 2: 4096, 3: 8192}.get(d, 16384)
-    return 512 if d <= 5 else 1024
+    return 2048
 
 
 def asymptotic_rate(problem: Problem, region: Region, level: float) -> float:
@@ -193,15 +193,18 @@ def _error(
         found = rate_equation.solve(
             lambda r: part.ranks(region, r), level, root.rate, degrees, share
         )
-        return float(np.log(found.rate / root.rate))
+        return float(np.log(found.rate / root.rate)) if found.found else np.nan
 
     batches = [solved(made.batch(i, clouds.BATCHES), level) for i in range(clouds.BATCHES)]
     monte_carlo = float(np.std(batches, ddof=1) / np.sqrt(clouds.BATCHES))
-    shares = rate_equation.binomial_shares(level, len(root.ranks), CONFIDENCE)
-    ends = sorted(solved(made, min(share, 1 - 0.5 / len(root.ranks))) for share in shares)
+    if np.isnan(monte_carlo):  # the equation has no root in a part of the particles
+        return (0.0, float("inf")), float("inf")
+    few, many = rate_equation.binomial_shares(level, len(root.ranks), CONFIDENCE)
+    low = min(np.nan_to_num(solved(made, min(many, 1 - 0.5 / len(root.ranks))), nan=-np.inf), 0)
+    high = max(np.nan_to_num(solved(made, few), nan=np.inf), 0)
     extra = 1.645 * monte_carlo
-    low, high = (np.sign(e) * np.hypot(e, extra) if e else 0.0 for e in ends)
-    return (float(root.rate * np.exp(low)), float(root.rate * np.exp(high))), monte_carlo
+    ends = np.exp([-np.hypot(low, extra), np.hypot(high, extra)])
+    return (float(root.rate * ends[0]), float(root.rate * ends[1])), monte_carlo
 
 
 def _make(problem: Problem, rate: float) -> Made:

@@ -79,12 +79,7 @@ def _from_prior(problem: Problem) -> Simulated:
 def _from_student(problem: Problem, rate: float) -> tuple[Simulated, Float[ndarray, "B N"]]:
     """Particles around the minimisers, and their log weights at a rate."""
     posterior, N, d = problem.posterior, problem.particles, len(problem.posterior.parameters)
-    if problem.placed is None:
-        raise ValueError(
-            "method 'gpc-smc' starts from the prior, which is flat in some coefficient, and a loss "
-            "that jumps has no form to start from instead: give a proper prior, or use 'gpc-wp'"
-        )
-    share, minimisers = problem.placed.share, problem.placed.minimisers
+    share, minimisers = problem.centres.share, problem.centres.minimisers
     mean, covariance = clouds.posterior_form(posterior, rate, share, minimisers)
     noise = clouds.uniforms(N, d, problem.seed)
     root = np.linalg.cholesky(2 * covariance)
