@@ -129,8 +129,10 @@ def diff(first: Path, second: Path, /, *, all_: All = False, json: Json = False)
 
     Which tensors only one has, or has with another shape or element type; where values differ, by
     how much: max |a - b| and ||a - b|| / ||a||; the step, options of the optimizer, extra state.
-    Two checkpoints of hakari are compared by the contents noted in them, without reading tensors
-    that are equal: whether their files still hold that, `verify` tells.
+    What each rank keeps of its own (random generators) is shown too, and counts as no difference:
+    on another number of processes there is another number of them. Two checkpoints
+    of hakari are compared by the contents noted in them, without reading tensors that are equal:
+    whether their files still hold that, `verify` tells.
 
     Parameters
     ----------
@@ -175,7 +177,7 @@ def convert(
 
     Ctrl-C stops it: a conversion to hakari's own format then goes on where it stopped when the
     same command is given again; of others, what was written is removed. The last line printed is
-    where the new checkpoint is.
+    where the new checkpoint is; what its format has no place for is said on stderr.
 
     Parameters
     ----------
@@ -281,10 +283,11 @@ def prune(
     /,
     *,
     keep: Annotated[int | None, Parameter(group=INPUT)] = None,
+    after: Annotated[int | None, Parameter(group=INPUT)] = None,
     leftovers: Annotated[bool, Parameter(negative="", group=INPUT)] = False,
     dry_run: Annotated[bool, Parameter(negative="", group=INPUT)] = False,
 ) -> int:
-    """Remove old checkpoints of hakari, and say which; never the last whole one.
+    """Remove checkpoints of hakari, and say which; never the last whole one.
 
     A checkpoint counts as whole if every byte of it is what was written; all of those are read.
 
@@ -294,6 +297,8 @@ def prune(
         Folder of checkpoints.
     keep: int
         Whole checkpoints that stay, the newest ones. Nothing newer than these is removed.
+    after: int
+        Remove those newer than this step instead, to go on from it.
     leftovers: bool
         Also remove what saves and conversions left that were never completed; none may be under
         way.
@@ -302,7 +307,7 @@ def prune(
     """
     from hakari.training.checkpoint import command
 
-    return command.prune(path, keep, leftovers, dry_run)
+    return command.prune(path, keep, leftovers, dry_run, after)
 
 
 def _numbers(settings: Sequence[str]) -> dict[str, int]:

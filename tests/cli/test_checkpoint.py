@@ -244,6 +244,18 @@ def test_diff(root, type_in):
     assert found["values"][0]["largest"] == 0.5
 
 
+def test_states_of_ranks_are_shown_and_are_no_difference(tmp_path, type_in):
+    for seed in (1, 2):
+        save(tmp_path / str(seed), *model_and_optimizer(), step=3, rank_state={"seed": seed})
+    status, out, _ = type_in("checkpoint", "diff", "1", "2")
+    assert status == 0
+    assert "states of ranks: 1 1 2 rank_states/0/seed 1 2 " in flat(out)
+    said = "16 tensors are equal; no difference but in what each rank keeps of its own\n"
+    assert out.endswith(said)
+    found = json.loads(type_in("checkpoint", "diff", "1", "2", "--json")[1])
+    assert (found["same"], found["ranks"]) == (True, [["rank_states/0/seed", "1", "2"]])
+
+
 def test_diff_of_other_formats_and_long_lists(tmp_path, type_in):
     for name, fill in (("a", 0.0), ("b", 1.0)):
         (tmp_path / name).mkdir()
@@ -495,7 +507,7 @@ MISTAKES = {
         ["convert", "root", "x", "--to", "hugging-face", "--config", "lost"],
         "lost has no config.json",
     ),
-    "nothing": (["prune", "root"], "nothing to do: give --keep N, --leftovers, or both"),
+    "nothing": (["prune", "root"], "nothing to do: give --keep N, --after STEP or --leftovers"),
     "none": (["prune", "root", "--keep", "0"], "keep 0: at least 1 checkpoint has to be kept"),
     "itself": (["prune", "root/step-00000008", "--keep", "1"], "is one checkpoint"),
     "foreign": (["prune", ZERO / "zero2-bf16", "--keep", "1"], "is deepspeed: only checkpoints of"),

@@ -204,6 +204,8 @@ def test_buffers_of_replicas_may_differ_and_the_first_ranks_are_saved(two):
 @pytest.mark.parametrize("name", ["weight", "bias"])
 def test_parameters_of_replicas_may_not_differ(two, name):
     message = rf"ValueError: ranks 0 and 1 hold different values of {name} \(weight\) \["
+    for way in ("copies='first' takes the first rank's", "given as pieces (flat_pieces)"):
+        assert way in two[0]["replicas"][name]
     assert re.match(message, two[0]["replicas"][name])
     assert re.match(f"SaveError: .* failed on rank 0: {message}", two[1]["replicas"][name])
 

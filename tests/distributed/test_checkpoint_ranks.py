@@ -328,7 +328,7 @@ def twice(root: Path, rank: int) -> None:
     checkpoint.save(root, *run, step=7)
     with pytest.raises(FileExistsError, match=r"step-00000007 exists: save to another folder"):
         checkpoint.save(root, *run, step=7)
-    with patch.object(saving, "_exists", return_value=False):
+    with patch.object(saving, "_newer", return_value=None):
         kind = [FileExistsError, (SaveError, TimeoutError)][rank]
         with pytest.raises(kind, match=r"another save made it meanwhile"):
             checkpoint.save(root, *run, step=7, timeout=2)

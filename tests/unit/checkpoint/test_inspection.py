@@ -102,7 +102,7 @@ def test_another_format(tmp_path):
 
 
 def test_a_folder_of_checkpoints(tmp_path):
-    for step in (3, 12, 7):
+    for step in (3, 7, 12):
         make(tmp_path, step)
     (tmp_path / ".tmp-step-00000020-ab").mkdir()
     (tmp_path / "step-00000030").mkdir()
@@ -258,15 +258,25 @@ def test_what_is_no_tensor(tmp_path):
     other = {"cursor": 6, "deep": {"list": [1, 3, 4]}, "rng": torch.arange(3) + 1, "same": "x"}
     first = make(tmp_path / "a", 7, extra=extra, rank={"seed": 1})
     second = make(tmp_path / "b", 8, lr=0.1, extra=other, rank={"seed": 2})
-    rest = {what: (a, b) for what, a, b in diff(first, second).rest}
+    found = diff(first, second)
+    rest = {what: (a, b) for what, a, b in found.rest}
     assert rest.pop("extra_state/rng")[0].startswith("I64 [3] ")
     assert rest == {
         "step": ("7", "8"),
         "extra_state/cursor": ("5", "6"),
         "extra_state/deep/list/1": ("2", "3"),
         "extra_state/deep/list/2": ("nothing", "4"),
-        "rank_states/0/seed": ("1", "2"),
     }
+    assert found.ranks == (("rank_states/0/seed", "1", "2"),)
+
+
+def test_what_ranks_keep_of_their_own_is_shown_and_is_no_difference(tmp_path):
+    """Saved by 2 and by 4 processes, a state is the same."""
+    first, second = make(tmp_path / "a", rank={"seed": 1}), make(tmp_path / "b")
+    found = diff(first, second)
+    assert found.same
+    assert found.ranks == (("rank_states/0/seed", "1", "nothing"),)
+    assert not diff(first, make(tmp_path / "c", rank={"seed": 1}, extra={"more": 1})).same
 
 
 def test_options_are_compared_by_parameter_not_by_group(tmp_path):

@@ -97,8 +97,8 @@ def test_every_byte_of_a_whole_checkpoint_is_read(tmp_path, monkeypatch, workers
 
 
 def test_a_folder_of_checkpoints_means_its_newest(tmp_path):
-    make(tmp_path, 7)
     flip(data_files(make(tmp_path, 5))[0], 100)
+    make(tmp_path, 7)
     assert verify(tmp_path).step == 7
 
 

@@ -154,8 +154,37 @@ save(3)
     assert checkpoint.leftovers(folder) == []
 
 
+def test_a_forked_child_that_saves_is_told_why_it_cannot(folder):
+    text = """
+found = save(2)
+child = os.fork()
+if not child:
+    for work in (lambda: save(3), found.poll, found.wait):
+        try:
+            work()
+        except RuntimeError as error:
+            print(error, flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+print(child, os.getpid(), found.wait() == f"{sys.argv[1]}/step-00000002")
+save(3).wait()
+"""
+    with program(folder, text) as process:
+        output, said = process.communicate(timeout=60)
+        assert (process.returncode, said) == (0, "")
+    *messages, last = output.splitlines()
+    child, parent, saved = last.split()
+    assert saved == "True"
+    assert set(messages) == {
+        f"this process ({child}) was forked from {parent}, whose writer process it shares: save in "
+        "that one, or start this one by 'spawn'"
+    }
+    assert len(messages) == 3
+    assert checkpoint.steps(folder) == [1, 2, 3]
+
+
 FAILS = """
-saving._exists = lambda *arguments: False  # so that the writer is the first to see that it exists
+saving._newer = lambda *arguments: None  # so that the writer is the first to see that it exists
 """
 CAUSES = {
     "never looked at": (

@@ -21,7 +21,7 @@ from rich.progress import (
 )
 
 from hakari.terminal import INTERRUPTED, to_json
-from hakari.training.checkpoint import inspection
+from hakari.training.checkpoint import inspection, losses
 from hakari.training.checkpoint.command_tables import (
     SHOWN,
     inspected,
@@ -30,7 +30,6 @@ from hakari.training.checkpoint.command_tables import (
     show_difference,
     show_report,
     show_root,
-    size_text,
 )
 from hakari.training.checkpoint.conversion import empty_folder, export_atoms
 from hakari.training.checkpoint.foreign.hugging_face_folder import CONFIG
@@ -42,10 +41,19 @@ from hakari.training.checkpoint.formats import (
     open_any,
     write_any,
 )
-from hakari.training.checkpoint.retention import clear_leftovers, named, removable, remove, steps
+from hakari.training.checkpoint.retention import (
+    after,
+    clear_leftovers,
+    go_back,
+    named,
+    removable,
+    remove,
+    steps,
+)
 from hakari.training.checkpoint.retention import leftovers as leftovers_of
 from hakari.training.checkpoint.source import WEIGHT, Source
 from hakari.training.checkpoint.storage import open_folder
+from hakari.training.checkpoint.verification import size_text
 from hakari.training.checkpoint.verification import verify as read_all
 from hakari.training.interrupt import graceful_stop
 
@@ -136,8 +144,7 @@ def convert(reading: Reading, where: str, target: Target, budget: int, workers: 
     form = _form(reading.where, reading.form, reading.tag)
     reading, target = _with_config(reading, form, target)
     source = reading.open()
-    if target.form == "hugging-face":
-        _warn_of_losses(source, target.config)
+    lost = losses.told(source, target)
     total = sum(i.bytes for k, i in source.tensors.items() if _is_written(k[1], target.form))
     again = target.form == "hakari"
     rules = [rules for rules in (reading.rules, target.rules) if rules]
@@ -148,7 +155,10 @@ def convert(reading: Reading, where: str, target: Target, budget: int, workers: 
             source, where, target, budget=budget, workers=workers, fingerprint=mark, progress=told
         )
 
-    return _written(write, where, total, again)
+    status = _written(write, where, total, again)
+    for line in () if status else lost:
+        print(line, file=sys.stderr)
+    return status
 
 
 def export(
@@ -167,7 +177,7 @@ def export(
                 raise ValueError(f"{name!r} cannot be a file name: use --layout grouped")
 
     empty_folder(where)
-    if lost := _left_by_atoms(source):
+    if lost := losses.left_by_atoms(source):
         print(f"left out: {', '.join(lost)} (atoms are tensors alone)", file=sys.stderr)
 
     def write(told: Callable[[int], None]) -> str:
@@ -177,15 +187,22 @@ def export(
     return _written(write, where, sum(info.bytes for info in source.tensors.values()), False)
 
 
-def prune(where: str, keep: int | None, leftovers: bool, dry_run: bool) -> int:
-    """Remove old checkpoints and say which; returns the exit status."""
-    if keep is None and not leftovers:
-        raise ValueError("nothing to do: give --keep N, --leftovers, or both")
+def prune(
+    where: str, keep: int | None, leftovers: bool, dry_run: bool, newer_than: int | None = None
+) -> int:
+    """Remove checkpoints and say which; returns the exit status."""
+    if keep is None and newer_than is None and not leftovers:
+        raise ValueError("nothing to do: give --keep N, --after STEP or --leftovers")
+    if keep is not None and newer_than is not None:
+        raise ValueError("--keep removes old checkpoints and --after new ones: give one of them")
     if (form := detect(where)) not in ("hakari", ROOT):
         raise ValueError(f"{where} is {form}: only checkpoints of hakari are pruned")
     root, verb = open_folder(where), "would remove" if dry_run else "removed"
     old = [] if keep is None else removable(where, keep)
+    old += [] if newer_than is None else after(where, newer_than)
     sizes = {named(each.step): each.bytes for each in inspection.inspect_root(where).steps}
+    if newer_than is not None and not dry_run:
+        go_back(root, newer_than)
     for name in old:
         if not dry_run:
             remove(root, name)
@@ -298,35 +315,6 @@ def _with_config(reading: Reading, form: str, target: Target) -> tuple[Reading, 
 def _own_config(where: str, form: str) -> str | None:
     there = form == "hugging-face" and CONFIG in open_folder(where).entries()
     return where if there else None
-
-
-def _warn_of_losses(source: Source, config: object) -> None:
-    lost = dict.fromkeys(state for _, state in source.tensors if state != WEIGHT)
-    if lost:
-        said = f"left out: {', '.join(lost)} (Hugging Face folders hold weights alone)"
-        print(said, file=sys.stderr)
-    if config is None:
-        print("no config.json: give --config FOLDER for transformers to open it", file=sys.stderr)
-
-
-def _left_by_atoms(source: Source) -> list[str]:
-    """What a source has, and atoms do not hold."""
-    extra, ranks = source.extra, any(own is not None for own in source.ranks)
-    numbers = dict.fromkeys(state for _, state in source.scalars)
-    return [
-        said
-        for there, said in (
-            (source.step is not None, f"step {source.step}"),
-            (numbers, f"plain numbers ({', '.join(numbers)})"),
-            (source.optimizer, f"optimizer {source.optimizer}"),
-            (source.groups, "the optimizer's options"),
-            (source.tied, f"ties ({'; '.join(' = '.join(names) for names in source.tied)})"),
-            (extra if isinstance(extra, Mapping) else extra is not None, "extra state"),
-            (ranks, "rank states"),
-            (source.modules, "what modules keep"),
-        )
-        if there
-    ]
 
 
 def _size(folders: Sequence[str], form: str) -> int | None:

@@ -13,7 +13,7 @@ from hakari.terminal import terminal
 from hakari.training.checkpoint.inspection import Difference, Inspection, Root
 from hakari.training.checkpoint.retention import named
 from hakari.training.checkpoint.source import Info
-from hakari.training.checkpoint.verification import Report
+from hakari.training.checkpoint.verification import Report, size_text
 
 SHOWN = 20
 """Rows of a long table that are shown without --all."""
@@ -108,7 +108,11 @@ def show_difference(found: Difference, first: str, second: str, most: int | None
     heads = ["tensor", "state", "elements", "max |a - b|", "||a - b|| / ||a||"]
     _list("values", heads, values, most)
     _list("what is no tensor", ["", first, second], found.rest, most)
-    out.print(f"{found.equal} tensors are equal" + ("; no difference" if found.same else ""))
+    _list("states of ranks", ["", first, second], found.ranks, most)
+    said = "; no difference" if found.same else ""
+    if found.same and found.ranks:
+        said = "; no difference but in what each rank keeps of its own"
+    out.print(f"{found.equal} tensors are equal{said}")
 
 
 def _list(
@@ -152,14 +156,6 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "(" + ", ".join(map(_text, value)) + ")"
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def size_text(count: int) -> str:
-    """Bytes in the unit that suits them."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:,.2f} {unit}"
-    return f"{count} B"
 
 
 def inspected(found: Inspection, pattern: str | None) -> dict[str, Any]:

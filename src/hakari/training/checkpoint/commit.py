@@ -4,7 +4,7 @@
 2. The coordinator, the process with rank 0, waits for all of them, checks that they tile every
    tensor and that copies agree, writes the manifest, then COMMIT.
 3. It renames the folder to `step-N` and has that on disk: from here on the save counts.
-4. It moves LATEST, then removes old checkpoints.
+4. It moves LATEST, then removes old checkpoints. If that fails, it is said, and the save counts.
 
 Processes meet through files alone, so no collective runs outside the training thread. An object
 store has no rename: there the data lie in `step-N` from the start and COMMIT alone decides.
@@ -15,9 +15,11 @@ from __future__ import annotations
 import json
 import re
 import time
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,7 @@ import numpy as np
 from hakari.training.checkpoint import manifest as manifests
 from hakari.training.checkpoint.boxes import Box, show, volume, within
 from hakari.training.checkpoint.content import content, hexadecimal
-from hakari.training.checkpoint.fragments import Fragment
+from hakari.training.checkpoint.fragments import DamageError, Fragment
 from hakari.training.checkpoint.manifest import COMMIT, Manifest, Stored, collector_paused
 from hakari.training.checkpoint.retention import advance, named, prune
 from hakari.training.checkpoint.shard_file import Part, write_parts
@@ -72,28 +74,45 @@ class Request:
 
 
 def carry_out(
-    request: Request, values: Sequence[np.ndarray], gone: Callable[[], bool] = lambda: False
+    request: Request,
+    values: Sequence[np.ndarray],
+    gone: Callable[[], bool] = lambda: False,
+    tell: Callable[[str], None] = warnings.warn,
 ) -> str:
     """Write this process's share and see the save through; returns where the checkpoint is.
 
     values: the bits of each piece. gone: whether the training process has died, which ends it.
+    tell: takes what the user should know of a save that was made.
     Raises OSError if the disk fails, SaveError if another process failed, TimeoutError if one
     does not answer, ValueError if the processes' states do not fit together.
     """
     root = open_folder(request.root)
     target = named(request.step)
-    folder = root.child(request.folder if root.renames else target)
+    folder, notes = root.child(request.folder if root.renames else target), list[str]()
     try:
         record = _write_share(folder, request, values)
         _announce(root, folder, request, record if request.rank else {})
         if request.rank == 0:
-            _conclude(root, folder, request, record, gone)
+            notes = _conclude(root, folder, request, record, gone)
+    except FileNotFoundError as error:
+        _fail(root, folder, request, error)
+        raise _lost(request, error) from error
     except BaseException as error:
         _fail(root, folder, request, error)
         raise
     if request.rank:
         _await(root, folder, request, gone)
+    for note in notes:
+        tell(note)
     return f"{request.root.rstrip('/')}/{target}"
+
+
+def _lost(request: Request, error: Exception) -> SaveError:
+    return SaveError(
+        f"the save of step {request.step} lost its files ({error}): another job may be saving into "
+        f"{request.root}, or removing what it takes for leftovers; give each job a folder of its "
+        "own"
+    )
 
 
 # --- each process -------------------------------------------------------------------------
@@ -243,7 +262,8 @@ def _conclude(
     request: Request,
     mine: Mapping[str, Any],
     gone: Callable[[], bool],
-) -> None:
+) -> list[str]:
+    """Commit, and clean up; returns what the user should know."""
     wanted = [_ready(rank) for rank in range(request.world)]
 
     def missing() -> list[int]:
@@ -252,19 +272,64 @@ def _conclude(
 
     _until(lambda: not missing(), folder, request, gone, lambda: f"ranks {missing()} wrote nothing")
     with collector_paused():
-        others = [json.loads(small(folder, name, RECORD)) for name in wanted[1:]]
-        manifests.write(folder, merge(request, [mine, *others]))
+        records = [mine, *(json.loads(small(folder, name, RECORD)) for name in wanted[1:])]
+        found = merge(request, records)
+        try:
+            manifests.check_sizes(folder, found)  # another job may have removed some
+        except DamageError as error:
+            raise _lost(request, error) from error
+        manifests.write(folder, found)
     target = named(request.step)
     if root.renames:
         if target in root.entries():
             raise FileExistsError(f"{request.root}/{target} exists: another save made it meanwhile")
         folder.sync()
         root.rename(request.folder, target)
-    for name in wanted:
-        root.child(target).remove(name)
-    advance(root, target)
+    return [*_buffers_that_differ(request, records), *_cleaned(root, request, wanted)]
+
+
+def _cleaned(root: Folder, request: Request, names: Sequence[str]) -> list[str]:
+    """Remove the records, move LATEST, remove old checkpoints, up to what fails; returns that.
+
+    In this order: what LATEST names must not go.
+    """
+    target = named(request.step)
+    steps: list[tuple[str, Callable[[], object]]] = [
+        *((f"remove {name}", partial(root.child(target).remove, name)) for name in names),
+        ("move LATEST", partial(advance, root, target)),
+    ]
     if request.keep:
-        prune(request.root, request.keep, fresh=target)
+        keep = partial(prune, request.root, request.keep, fresh=target)
+        steps.append(("remove older checkpoints", keep))
+    for what, work in steps:
+        try:
+            work()
+        except (OSError, ValueError) as error:
+            return [
+                f"{request.root.rstrip('/')}/{target} is saved, but could not {what} "
+                f"({type(error).__name__}: {error}); the next save tries again"
+            ]
+    return []
+
+
+def _buffers_that_differ(request: Request, records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Said of buffers of which rank 0's are saved, and that nobody makes equal."""
+    if request.copies == "first":
+        return []
+    sums: dict[tuple[str, Box], set[int]] = {}
+    for record in records:
+        lone = {*record.get("buffers", ())} - {*record.get("broadcast", ())}
+        for name, state, _, _, box, total in record["held"]:
+            if name in lone and state == WEIGHT:
+                sums.setdefault((name, _box(box)), set()).add(total)
+    names = [*dict.fromkeys(name for (name, _), found in sums.items() if len(found) > 1)]
+    if not names:
+        return []
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return [
+        f"ranks hold different values of buffers ({', '.join(names[:3])}{more}): the first "
+        "rank's are saved; copies='first' says so on purpose"
+    ]
 
 
 def merge(request: Request, records: Sequence[Mapping[str, Any]]) -> Manifest:
@@ -315,7 +380,7 @@ def _contents(
 ) -> tuple[dict[Key, Info], dict[Key, str]]:
     """What each tensor is and holds; boxes that several ranks hold must be equal.
 
-    But for buffers: DDP gives every replica those of the first rank, before the next step.
+    But for buffers: replicas' statistics differ by design, and the first rank's are taken.
     """
     infos: dict[Key, Info] = {}
     sums: dict[Key, dict[Box, tuple[int, int]]] = {}
@@ -329,8 +394,9 @@ def _contents(
             if known != total and same:
                 raise ValueError(
                     f"ranks {holder} and {rank} hold different values of {name} ({state}) "
-                    f"{show(_box(box))}, which should be copies: nothing was saved; "
-                    "copies='first' would take the first rank's"
+                    f"{show(_box(box))}, which should be copies: nothing was saved. If they are "
+                    "copies of one tensor that drifted, copies='first' takes the first rank's; "
+                    "shards that no DTensor describes are given as pieces (flat_pieces)"
                 )
     return infos, {
         key: hexadecimal(sum([total for total, _ in boxes.values()])) for key, boxes in sums.items()

@@ -62,8 +62,10 @@ def convert(
 
     budget: bytes of tensor data that are held at once. fingerprint: of the source's files; with
     it, an interrupted conversion of the same files goes on where it stopped. progress: told of
-    bytes written. Raises FileExistsError if the step is there already.
+    bytes written. Raises FileExistsError if the step is there already, TypeError for a path
+    instead of an opened checkpoint.
     """
+    opened(source)
     root, target = open_folder(where), named(source.step or 0)
     there = target in root.entries()
     if there and (root.renames or COMMIT in root.child(target).entries()):
@@ -95,6 +97,7 @@ def export_atoms(
     it, NAME/STATE.safetensors. Each says how many files there are, and which states. Raises
     FileExistsError for a folder that is not empty, ValueError for a name that could leave it.
     """
+    opened(source)
     folder = empty_folder(where)
     keys = sorted(source.tensors)
     if layout == "grouped":
@@ -115,6 +118,15 @@ def export_atoms(
     _each(write, [*groups], workers)
     folder.sync()
     return [*groups]
+
+
+def opened(source: object) -> None:
+    """Raise TypeError for what is no opened checkpoint, such as its path."""
+    if not isinstance(source, Source):
+        raise TypeError(
+            f"{source!r} is a {type(source).__name__}, where an opened checkpoint is needed: pass "
+            "open_any(PATH), or use the command, hakari checkpoint convert PATH TARGET"
+        )
 
 
 def entry(

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hakari.training.checkpoint.boxes import Box, extents
-from hakari.training.checkpoint.conversion import Progress, convert, converted
+from hakari.training.checkpoint.conversion import Progress, convert, converted, opened
 from hakari.training.checkpoint.dtypes import bits
 from hakari.training.checkpoint.foreign.atoms import holds_atoms, open_atoms
 from hakari.training.checkpoint.foreign.hugging_face_folder import (
@@ -128,6 +128,7 @@ def write_any(
     Raises FileExistsError for a folder that is not empty (hakari: that has the step), ValueError
     for what the format cannot hold.
     """
+    opened(source)
     form = target.form
     if form not in WRITTEN:
         way = " (atoms: by hakari checkpoint export)" if form == "atoms" else ""

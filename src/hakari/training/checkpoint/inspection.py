@@ -209,7 +209,8 @@ class Difference:
     """In what two checkpoints differ.
 
     kinds: tensors of another shape or element type. rest: what is no tensor: (what, in the first,
-    in the second). equal: tensors whose content is the same.
+    in the second). equal: tensors whose content is the same. ranks: as rest, of what each rank
+    keeps of its own, which is no difference of the state: their number and chance may differ.
     """
 
     only_first: tuple[Key, ...]
@@ -218,10 +219,11 @@ class Difference:
     values: tuple[Changed, ...]
     rest: tuple[tuple[str, str, str], ...]
     equal: int
+    ranks: tuple[tuple[str, str, str], ...] = ()
 
     @property
     def same(self) -> bool:
-        """Whether there is none."""
+        """Whether there is none, but in ranks."""
         return not (self.only_first or self.only_second or self.kinds or self.values or self.rest)
 
 
@@ -267,6 +269,7 @@ def diff(
         tuple(values),
         tuple(_rest(a, b)),
         equal,
+        tuple(_apart("rank_states", _kept(a), _kept(b))) if a.ours and b.ours else (),
     )
 
 
@@ -338,13 +341,22 @@ def _rest(a: _Side, b: _Side) -> Iterator[tuple[str, str, str]]:
     ]
     if a.ours and b.ours:
         plain.append(("extra_state", one.extra, two.extra))
-        plain.append(("rank_states", one.ranks, two.ranks))
     for name, x, y in plain:
-        left, right = dict(_leaves(x, name)), dict(_leaves(y, name))
-        for path in dict.fromkeys((*left, *right)):
-            if left.get(path) != right.get(path):
-                yield path, left.get(path, "nothing"), right.get(path, "nothing")
+        yield from _apart(name, x, y)
     yield from _options(one, two)
+
+
+def _kept(side: _Side) -> dict[str, Any]:
+    """What ranks keep of their own, of those that keep anything."""
+    return {str(rank): own for rank, own in enumerate(side.source.ranks) if own is not None}
+
+
+def _apart(name: str, one: Any, two: Any) -> Iterator[tuple[str, str, str]]:
+    """Leaves of two trees that differ: path, in the first, in the second."""
+    left, right = dict(_leaves(one, name)), dict(_leaves(two, name))
+    for path in dict.fromkeys((*left, *right)):
+        if left.get(path) != right.get(path):
+            yield path, left.get(path, "nothing"), right.get(path, "nothing")
 
 
 def _options(one: Source, two: Source) -> Iterator[tuple[str, str, str]]:

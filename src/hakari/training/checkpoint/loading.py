@@ -13,13 +13,21 @@ import numpy as np
 from torch import Tensor, nn
 
 from hakari.training.checkpoint import exchange
+from hakari.training.checkpoint.agreement import agree
 from hakari.training.checkpoint.boxes import Box, flaw, show, whole
 from hakari.training.checkpoint.content import content, hexadecimal
 from hakari.training.checkpoint.dtypes import bits
 from hakari.training.checkpoint.foreign.optimizer_class import class_by_states
 from hakari.training.checkpoint.fragments import DamageError
 from hakari.training.checkpoint.manifest import Manifest, check_sizes, collector_paused
-from hakari.training.checkpoint.matching import Target, compare, targets_of
+from hakari.training.checkpoint.matching import (
+    Target,
+    compare,
+    has_options,
+    has_states,
+    same_groups,
+    targets_of,
+)
 from hakari.training.checkpoint.pieces import (
     Models,
     Optimizers,
@@ -31,7 +39,7 @@ from hakari.training.checkpoint.pieces import (
 )
 from hakari.training.checkpoint.retention import named, steps
 from hakari.training.checkpoint.source import WEIGHT, Key
-from hakari.training.checkpoint.states import grouped, made_states, restore_options
+from hakari.training.checkpoint.states import made_states, restore_options
 from hakari.training.checkpoint.storage import Location
 from hakari.training.checkpoint.stored import EXTRA, Stored, extras, open_stored, read_all
 from hakari.training.checkpoint.tensors import as_bits, as_tensor
@@ -48,7 +56,8 @@ class Loaded:
     process's own only if their number is the same. missing, unused: tensors that only this
     program has, or only the checkpoint, where strict=False let them pass. zeroed: damaged states
     that were set to zero. verified: tensors whose content, after loading, is proven to be what
-    was saved; tensors: how many there are.
+    was saved; tensors: how many there are. options_missing: whether it has the optimizer's states
+    and not its options, so that those that were set before stay, where strict=False let it pass.
     """
 
     path: str
@@ -62,10 +71,12 @@ class Loaded:
     verified: int
     bytes: int
     seconds: float
+    options_missing: bool = False
 
     def __str__(self) -> str:
         lost = {"missing": self.missing, "unused": self.unused, "set to zero": self.zeroed}
         said = [f"{len(keys)} {what}" for what, keys in lost.items() if keys]
+        said += ["the optimizer's options are not in it"] if self.options_missing else []
         if self.verified < self.tensors or said:
             said = [f"{self.verified} of {self.tensors} tensors verified", *said]
         return (
@@ -101,20 +112,24 @@ def load(
 
     Every tile's checksum is verified, then, over all ranks, the content of every loaded tensor.
     Raises FileNotFoundError without a complete checkpoint, DamageError with the tensor that is
-    damaged, ValueError for what does not fit; the model is then not to be used, as part of it may
-    be loaded.
+    damaged, ValueError for what does not fit, or if ranks do not agree; the model is then not to
+    be used, as part of it may be loaded.
     """
     begun = time.perf_counter()
     pieces = tuple(pieces)
-    states = {WEIGHT} if optimizer is None and not pieces else None
+    any_pieces = agree(
+        optimizer, bool(pieces), zero_damaged, strict=strict, options=options, cast=cast
+    )
+    states = {WEIGHT} if optimizer is None and not any_pieces else None
     stored = _open(path, states, zero_damaged)
     parts = () if model is None else model
     threads = workers or min(4, os.cpu_count() or 1)
     with _made_on_all(stored, parts, optimizer, strict):
         targets, tied = _found_on_all(stored, parts, optimizer, pieces, cast)
         missing, unused = compare(stored, targets, tied, states, strict)
+        unsaid = optimizer is not None and options and not has_options(stored.manifest)
         if optimizer is not None and strict:
-            _same_groups(stored, parts, optimizer)
+            same_groups(stored, parts, optimizer, unsaid)
         present = [target for target in targets if target.saved is not None]
         zeroed = _fill(stored, present, zero_damaged, threads, progress, path)
         verified, tensors = _verify(stored, present, zeroed)
@@ -131,6 +146,7 @@ def load(
         verified,
         sum(target.piece.tensor.nbytes for target in present),
         time.perf_counter() - begun,
+        unsaid,
     )
 
 
@@ -223,34 +239,6 @@ def _set_modules(kept: Mapping[str, Any], modules: Mapping[str, nn.Module], stri
             module.set_extra_state(kept[name])
 
 
-def _same_groups(stored: Stored, model: Models, optimizer: Optimizers) -> None:
-    """Raise ValueError if the optimizer holds other parameters than the one that was saved."""
-    found, error, here = stored.manifest, None, set[str]()
-    try:
-        here = grouped(several(model), several(optimizer))
-    except ValueError as failure:
-        error = failure
-    exchange.raise_together(error)
-    everywhere: set[str] = set().union(*exchange.gather(here))
-    ways = "; pass optimizer=None for the weights alone, or strict=False"
-    if not found.groups and not _has_states(found):
-        raise ValueError(f"{stored.folder.where} has no optimizer state{ways}")
-    alias = {name: {*names} for names in found.tied for name in names}
-    members = {name for group in found.groups for name in group.members}
-    known = set().union(members, *(alias.get(name, set()) for name in members))
-    held = set().union(everywhere, *(alias.get(name, set()) for name in everywhere))
-    for names, side in (
-        (everywhere - known, "this optimizer and not in the saved one"),
-        (members - held, "the saved optimizer and not in this one"),
-    ):
-        if members and names:
-            raise ValueError(f"{len(names)} parameters are in {side}, such as {min(names)}{ways}")
-
-
-def _has_states(found: Manifest) -> bool:
-    return any(key[1] not in (WEIGHT, EXTRA) for key in found.infos)
-
-
 def _class_of(found: Manifest) -> str:
     """The saved optimizer's class; where it was not said, what its states and options tell."""
     keys = [key for key in (*found.infos, *found.scalars) if key[1] != EXTRA]
@@ -273,7 +261,7 @@ def _made_on_all(
             f"the checkpoint's optimizer is {saved}, and this is {kind}: use the same class, or "
             "load the weights alone (optimizer=None)"
         )
-    if kind and strict and not saved and _has_states(stored.manifest):
+    if kind and strict and not saved and has_states(stored.manifest):
         raise ValueError(
             f"{stored.folder.where} does not say of which class its optimizer was: pass "
             f"strict=False if it was {kind} too, or say so in it: hakari checkpoint convert "
@@ -301,17 +289,27 @@ def _found_on_all(
     try:
         held = holdings(model, optimizer, pieces)
         for piece in held.pieces:
-            if piece.tensor.is_meta:
-                raise ValueError(
-                    f"{piece.key[0]} ({piece.key[1]}) is on the meta device: call "
-                    "model.to_empty(device=...) before loading"
-                )
+            _fillable(piece)
         tied = held.tied
         targets = targets_of(stored.manifest, held.pieces, cast)
     except (ValueError, TypeError) as failure:
         error = failure
     exchange.raise_together(error)
     return targets, sum(exchange.gather(tied), Ties())
+
+
+def _fillable(piece: Piece) -> None:
+    """Raise ValueError for a tensor without memory, or without memory for each element."""
+    name, tensor = f"{piece.key[0]} ({piece.key[1]})", piece.tensor
+    if tensor.is_meta:
+        raise ValueError(
+            f"{name} is on the meta device: call model.to_empty(device=...) before loading"
+        )
+    if any(n > 1 and not step for n, step in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise ValueError(
+            f"{name} {[*piece.shape]} is expanded, so that several of its elements share memory: "
+            "make it a tensor of its own (.clone()) before loading"
+        )
 
 
 # --- filling ------------------------------------------------------------------------------

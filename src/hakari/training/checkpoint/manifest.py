@@ -31,6 +31,10 @@ MANIFEST, COMMIT = "manifest.json", "COMMIT"
 FORMAT, VERSION = "hakari-checkpoint", 1
 LARGEST = 2**31
 """Bytes of a manifest that are read at most: 2 GiB."""
+MESSAGE = 500
+"""Characters of what a manifest says that an error quotes at most."""
+STEP = re.compile(r"step-(\d{8,})")
+"""Names of folders that say which step's they are."""
 SAFE = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 
 
@@ -116,7 +120,7 @@ def read(folder: Folder) -> Manifest:
     manifest is not what was written or cannot be.
     """
     try:
-        commit = _object(small(folder, COMMIT, 2**16), f"{folder.where}/{COMMIT}")
+        commit = json_object(small(folder, COMMIT, 2**16), f"{folder.where}/{COMMIT}")
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{folder.where} is not a complete checkpoint: it has no {COMMIT}"
@@ -130,10 +134,24 @@ def read(folder: Folder) -> Manifest:
             f"{folder.where} is damaged: {MANIFEST} or {COMMIT} is not what was written "
             "(their hashes differ)"
         )
-    found = from_json(_object(data, f"{folder.where}/{MANIFEST}"), f"{folder.where}/{MANIFEST}")
+    where = f"{folder.where}/{MANIFEST}"
+    found = from_json(json_object(data, where), where)
     if commit != _commit(data, found):
         raise ValueError(f"{folder.where} is damaged: {COMMIT} is not what was written")
+    if wrong := misnamed(folder, found):
+        raise ValueError(f"{folder.where} is damaged: {wrong}")
     return found
+
+
+def misnamed(folder: Folder, manifest: Manifest) -> str:
+    """In what a folder's name and its manifest differ, if it is named as a step's."""
+    match = STEP.fullmatch(folder.where.rstrip("/").rpartition("/")[2])
+    if not match or int(match[1]) == manifest.step:
+        return ""
+    return (
+        f"the folder's name says step {int(match[1])}, and its {MANIFEST} step {manifest.step}: "
+        "it was renamed, or is another's"
+    )
 
 
 def to_json(manifest: Manifest) -> dict[str, Any]:
@@ -188,9 +206,16 @@ def from_json(table: Mapping[str, Any], where: str) -> Manifest:
     try:
         return _parse(table)
     except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise ValueError(f"{where}: malformed ({type(error).__name__}: {error})") from error
+        said = f"{type(error).__name__}: {_short(error)}"
+        raise ValueError(f"{where}: malformed ({said})") from error
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{where}: {_short(error)}") from error
+
+
+def _short(error: Exception) -> str:
+    """What an error says, which may quote all of the manifest."""
+    said = str(error)
+    return said if len(said) <= MESSAGE else f"{said[:MESSAGE]}... ({len(said):,} characters)"
 
 
 def _parse(table: Mapping[str, Any]) -> Manifest:
@@ -284,13 +309,23 @@ def safe(name: str) -> str:
     return name
 
 
-def _object(data: bytes, where: str) -> dict[str, Any]:
+def json_object(data: bytes, where: str) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for anything else, and where a name in it stands twice."""
     try:
-        table = json.loads(data)
+        table = json.loads(data, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is damaged: not JSON ({error})") from error
     if not isinstance(table, dict):
         raise ValueError(f"{where} is damaged: {type(table).__name__} instead of an object")
+    return table
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in table if names.count(name) > 1)
+        raise ValueError(f"{twice[:80]!r} stands twice in one object")
     return table
 
 

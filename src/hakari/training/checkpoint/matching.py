@@ -10,8 +10,9 @@ import numpy as np
 
 from hakari.training.checkpoint import exchange
 from hakari.training.checkpoint.manifest import Manifest
-from hakari.training.checkpoint.pieces import Piece, Ties
+from hakari.training.checkpoint.pieces import Models, Optimizers, Piece, Ties, several
 from hakari.training.checkpoint.source import WEIGHT, Info, Key
+from hakari.training.checkpoint.states import grouped
 from hakari.training.checkpoint.stored import EXTRA, Stored
 from hakari.training.checkpoint.tensors import as_bits
 
@@ -126,3 +127,46 @@ def _difference(stored: Stored, missing: Sequence[Key], unused: Sequence[Key]) -
             more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
             lines.append(f"{said} ({len(keys)}): {'; '.join(shown)}{more}")
     return ". ".join(lines) + ". Pass strict=False to load what both have"
+
+
+def same_groups(stored: Stored, model: Models, optimizer: Optimizers, unsaid: bool) -> None:
+    """Raise ValueError if the optimizer holds other parameters than the one that was saved.
+
+    unsaid: whether options are wanted that the checkpoint does not have.
+    """
+    found, error, here = stored.manifest, None, set[str]()
+    try:
+        here = grouped(several(model), several(optimizer))
+    except ValueError as failure:
+        error = failure
+    exchange.raise_together(error)
+    everywhere: set[str] = set().union(*exchange.gather(here))
+    ways = "; pass optimizer=None for the weights alone, or strict=False"
+    if not found.groups and not has_states(found):
+        raise ValueError(f"{stored.folder.where} has no optimizer state{ways}")
+    if unsaid:
+        raise ValueError(
+            f"{stored.folder.where} has the optimizer's states but not its options (learning rate, "
+            "weight decay, ...): pass options=False to keep those that are set here, or "
+            "strict=False"
+        )
+    alias = {name: {*names} for names in found.tied for name in names}
+    members = {name for group in found.groups for name in group.members}
+    known = set().union(members, *(alias.get(name, set()) for name in members))
+    held = set().union(everywhere, *(alias.get(name, set()) for name in everywhere))
+    for names, side in (
+        (everywhere - known, "this optimizer and not in the saved one"),
+        (members - held, "the saved optimizer and not in this one"),
+    ):
+        if members and names:
+            raise ValueError(f"{len(names)} parameters are in {side}, such as {min(names)}{ways}")
+
+
+def has_states(found: Manifest) -> bool:
+    """Whether there is any state of an optimizer."""
+    return any(key[1] not in (WEIGHT, EXTRA) for key in found.infos)
+
+
+def has_options(found: Manifest) -> bool:
+    """Whether an optimizer's options are there, if its states are."""
+    return any(group.options for group in found.groups) or not has_states(found)

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Partial, Placement, Shard, _StridedShard
 from torch.nn.parallel import DistributedDataParallel
@@ -58,6 +58,7 @@ class Holdings:
     tied: tuple[tuple[str, ...], ...]
     mesh: Mapping[str, int]
     buffers: tuple[str, ...] = ()
+    broadcast: tuple[str, ...] = ()  # buffers of which DDP gives all ranks the first one's
 
 
 def holdings(model: Models, optimizer: Optimizers | None, more: Iterable[Piece] = ()) -> Holdings:
@@ -68,6 +69,8 @@ def holdings(model: Models, optimizer: Optimizers | None, more: Iterable[Piece] 
     """
     models, optimizers = several(model), several(optimizer)
     for each in optimizers:
+        if isinstance(each, Mapping):
+            raise TypeError(f"optimizer is a {type(each).__name__}: pass the optimizer itself")
         if type(each).__name__ == "ZeroRedundancyOptimizer":  # its own states are none
             raise ValueError(
                 "a ZeroRedundancyOptimizer keeps its states in the optimizer within: pass "
@@ -92,6 +95,7 @@ def holdings(model: Models, optimizer: Optimizers | None, more: Iterable[Piece] 
         tied,
         _mesh(values.values()),
         buffers,
+        named_values(filter(_broadcasts, models))[2],
     )
 
 
@@ -124,8 +128,27 @@ def named_values(
     return values, ties, tuple(buffers)
 
 
+def _broadcasts(model: nn.Module) -> bool:
+    """Whether DDP gives all ranks the first one's buffers before the next step."""
+    each = model.modules()
+    return any(isinstance(one, DistributedDataParallel) and one.broadcast_buffers for one in each)
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model within DDP, DataParallel and torch.compile."""
+    """The model within DDP, DataParallel and torch.compile.
+
+    Raises TypeError for what is no module, ValueError for one whose shards cannot be told.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: pass the module, not its state_dict")
+    if any(isinstance(each, FullyShardedDataParallel) for each in model.modules()):
+        raise ValueError(
+            "FullyShardedDataParallel (FSDP1) keeps flat shards whose place is not told: shard "
+            "with torch.distributed.fsdp.fully_shard, or, with FSDP.state_dict_type(model, "
+            "StateDictType.FULL_STATE_DICT), pass pieces=[piece for name, value in "
+            "model.state_dict().items() for piece in tensor_pieces((name, 'weight'), value)] "
+            "instead of the model"
+        )
     while True:
         if isinstance(model, DistributedDataParallel | nn.DataParallel):
             model = model.module
@@ -182,6 +205,10 @@ def plain(name: str) -> str:
 
 def tensor_pieces(key: Key, tensor: Tensor) -> list[Piece]:
     """The pieces of a logical tensor: one, or none of an empty shard, or several."""
+    if tensor.layout != torch.strided:
+        raise TypeError(
+            f"{key[0]} ({key[1]}) is a sparse tensor ({tensor.layout}): make it dense (to_dense)"
+        )
     if not isinstance(tensor, DTensor):
         if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
             raise ValueError(
@@ -200,7 +227,16 @@ def tensor_pieces(key: Key, tensor: Tensor) -> list[Piece]:
 
 
 def flat_pieces(key: Key, shape: Sequence[int], start: int, flat: Tensor) -> list[Piece]:
-    """Pieces of a flat shard: elements from `start` of the flattened tensor, in one dimension."""
+    """Pieces of a flat shard: elements from `start` of the flattened tensor, in one dimension.
+
+    Raises ValueError for a range that is not within the tensor.
+    """
+    total, stop = torch.Size(shape).numel(), start + flat.numel()
+    if not 0 <= start <= stop <= total:
+        raise ValueError(
+            f"{key[0]} ({key[1]}): elements {start:,} to {stop:,} are not within the "
+            f"{total:,} of {[*shape]}"
+        )
     if 0 in shape:
         return [Piece(key, tuple(shape), whole(shape), flat.view(tuple(shape)))]
     pieces, at = [], 0

@@ -9,6 +9,7 @@ from hakari.training.checkpoint.manifest import COMMIT, check_sizes, read
 from hakari.training.checkpoint.storage import Folder, Location, open_folder, small
 
 LATEST = "LATEST"
+OLD = ".old-step-"
 STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -65,7 +66,7 @@ def leftovers(where: Location) -> list[str]:
     found = []
     for name in root.entries():
         half = STEP.fullmatch(name) and COMMIT not in root.child(name).entries()
-        if half or name.startswith((".tmp-step-", ".old-step-")):
+        if half or name.startswith((".tmp-step-", OLD)):
             found.append(name)
     return found
 
@@ -77,6 +78,11 @@ def clear_leftovers(where: Location) -> list[str]:
     for name in found:
         root.remove(name)
     return found
+
+
+def go_back(root: Folder, step: int) -> None:
+    """Point LATEST to the newest checkpoint up to a step, so that those after it can go."""
+    root.write(LATEST, f"{named(max(s for s in steps(root.where) if s <= step))}\n".encode())
 
 
 def advance(root: Folder, name: str) -> None:
@@ -94,7 +100,22 @@ def prune(where: Location, keep: int, fresh: str = "") -> list[str]:
     root, names = open_folder(where), removable(where, keep, fresh)
     for name in names:
         remove(root, name)
+    for name in root.entries():  # half removed, before
+        if name.startswith(OLD):
+            root.remove(name)
     return names
+
+
+def after(where: Location, step: int) -> list[str]:
+    """Names of the checkpoints that are newer than a step, newest first.
+
+    Raises ValueError if no whole one would be left.
+    """
+    there = steps(where)
+    root, older = open_folder(where), [each for each in there if each <= step]
+    if not any(_intact(root.child(named(each)), thoroughly=True) for each in reversed(older)):
+        raise ValueError(f"{root.where} has no whole checkpoint of step {step} or before it")
+    return [named(each) for each in reversed(there) if each > step]
 
 
 def removable(where: Location, keep: int, fresh: str = "") -> list[str]:
@@ -121,10 +142,11 @@ def removable(where: Location, keep: int, fresh: str = "") -> list[str]:
 def remove(root: Folder, name: str) -> None:
     """Take a checkpoint away such that no part of it is ever taken for a whole one."""
     if root.renames:
-        if f".old-{name}" in root.entries():  # half removed, before
-            root.remove(f".old-{name}")
-        root.rename(name, f".old-{name}")
-        root.remove(f".old-{name}")
+        old = OLD + name.removeprefix("step-")
+        if old in root.entries():  # half removed, before
+            root.remove(old)
+        root.rename(name, old)
+        root.remove(old)
     else:
         root.remove(f"{name}/{COMMIT}")
         root.remove(name)

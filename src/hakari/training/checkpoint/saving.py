@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import threading
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from operator import index
 from typing import Any, Literal
@@ -33,7 +35,7 @@ from hakari.training.checkpoint.pieces import (
     stateful_modules,
     tensor_pieces,
 )
-from hakari.training.checkpoint.retention import named
+from hakari.training.checkpoint.retention import STEP, named
 from hakari.training.checkpoint.snapshot import Save, Writer, finished, start
 from hakari.training.checkpoint.storage import Location, absolute, open_folder
 from hakari.training.checkpoint.stored import EXTRA
@@ -55,12 +57,23 @@ class _Session:
     digests: tuple[str, ...] = ()
     plan: Plan = ()
     total: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 _session = _Session()
 
 
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One thread at a time. Raises RuntimeError in a forked child of a process with a writer."""
+    if _session.writer:
+        _session.writer.check_owner()
+    with _session.lock:
+        yield
+
+
 @collector_paused()
+@_alone()
 def save(
     path: Location,
     model: Models | None,
@@ -89,12 +102,14 @@ def save(
     copies: what several ranks hold of the same box must be equal to the bit, or the first rank's
     is taken, for runs whose replicas may drift.
     keep: newest checkpoints to leave, 0 for all; older ones go when this one is complete.
-    timeout: seconds to wait for other processes to write.
+    timeout: seconds to wait for other processes to write; in the background, for the writer to
+    be done at all: then it is killed.
 
-    Returns a `Save`; a synchronous one is complete. Raises FileExistsError if the step was saved
-    before, ValueError if pieces do not tile a tensor or copies differ, TypeError if a state cannot
-    be stored, OSError if the disk fails or is too small, SaveError (an OSError) if another
-    process or the last save in the background failed.
+    Returns a `Save`; a synchronous one is complete. Warns of what does not keep a save from being
+    one. Raises FileExistsError if the step was saved before, or a later one, ValueError if pieces
+    do not tile a tensor or copies differ, TypeError if a state cannot be stored, OSError if the
+    disk fails or is too small, SaveError (an OSError) if another process or the last save in the
+    background failed, unless that was told.
     """
     root = absolute(path)
     settings: dict[str, Any] = {
@@ -207,6 +222,7 @@ def _record(found: Holdings, extra: Any, own: Any) -> dict[str, Any]:
         "optimizer": found.optimizer,
         "tied": found.tied,
         "buffers": found.buffers,
+        "broadcast": found.broadcast,
         "extra": extra,
         "own": own,
         "origin": {
@@ -251,45 +267,64 @@ def _check(root: str, asynchronous: bool, copies: str, when_busy: str) -> None:
 
 def _agree(root: str, step: int, settings: Mapping[str, Any], when_busy: str) -> tuple[bool, str]:
     """Whether to skip, and the save's name. Raises on all ranks what is wrong on any."""
-    failure, exists = None, False
-    running = _session.running
-    if running and when_busy == "wait":
-        failure = running.failure(wait=True)
-    elif running and running.done():
-        failure = running.failure()
-    busy = bool(running and not running.done())
-    if not busy:
-        _session.running = None
-    error = None
+    error: Exception | None = None
+    said, seen, busy, newer = None, False, False, None
     try:
-        exists = exchange.rank() == 0 and _exists(root, step)
-    except OSError as found:
+        said, seen, busy = _last(wait=when_busy == "wait")
+        newer = _newer(root, step) if exchange.rank() == 0 else None
+    except (OSError, UserWarning) as found:
         error = found
     exchange.raise_together(error)
-    told = exchange.gather((busy, uuid.uuid4().hex, exists, failure, settings))
-    for rank, (_, _, there, said, theirs) in enumerate(told):
-        for name, value in told[0][4].items():
+    told = exchange.gather((busy, uuid.uuid4().hex, newer, said, seen, settings))
+    for rank, (_, _, _, _, _, theirs) in enumerate(told):
+        for name, value in told[0][5].items():
             if theirs[name] != value:
                 raise ValueError(f"{name} is {value!r} on rank 0 and {theirs[name]!r} on {rank}")
-        if said:
-            raise SaveError(f"the last save failed on rank {rank}: {said}")
-        if there:
-            raise FileExistsError(
-                f"{root.rstrip('/')}/{named(step)} exists: save to another folder, or, to go on "
-                "from an older checkpoint, remove the newer ones first"
-            )
+    for rank, (_, _, _, failure, _, _) in enumerate(told):
+        if failure and not any(each[4] for each in told):
+            raise SaveError(f"the last save failed on rank {rank}: {failure}")
+    if told[0][2]:
+        raise FileExistsError(_in_the_way(root, step, told[0][2]))
     return any(each[0] for each in told), told[0][1]
 
 
-def _exists(root: str, step: int) -> bool:
-    """Whether a step was saved; in an object store, what a save that died left of it is removed."""
+def _last(wait: bool) -> tuple[str | None, bool, bool]:
+    """Of the last save in the background: what failed, whether the program saw it; if it runs."""
+    running = _session.running
+    if running is None:
+        return None, False, False
+    seen = running.told
+    said = running.untold(wait) if wait or running.done() else None
+    busy = not running.done()
+    if not busy:
+        _session.running = None
+    return said, seen, busy
+
+
+def _newer(root: str, step: int) -> str | None:
+    """The newest checkpoint, if it is of this step or a later one.
+
+    In an object store, what a save that died left of this step is removed.
+    """
     folder = open_folder(root)
-    if named(step) not in folder.entries():
-        return False
-    if folder.renames or COMMIT in folder.child(named(step)).entries():
-        return True
-    folder.remove(named(step))
-    return False
+    names = folder.entries()
+    found = [int(match[1]) for name in names if (match := STEP.fullmatch(name))]
+    for each in sorted((each for each in found if each >= step), reverse=True):
+        whole = COMMIT in folder.child(named(each)).entries()
+        if whole or (each == step and folder.renames):
+            return named(each)
+        if each == step:
+            folder.remove(named(step))
+    return None
+
+
+def _in_the_way(root: str, step: int, newest: str) -> str:
+    place = root.rstrip("/")
+    said = "exists" if newest == named(step) else f"exists, and is newer than step {step}"
+    return (
+        f"{place}/{newest} {said}: save to another folder, or, to go on from an older step N, "
+        f"remove the newer ones first (hakari checkpoint prune {place} --after N)"
+    )
 
 
 def _planned(root: str, mine: Sequence[Held], copies: str, buffers: Sequence[str]) -> Plan:

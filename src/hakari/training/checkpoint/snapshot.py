@@ -11,13 +11,18 @@ import atexit
 import json
 import mmap
 import os
+import select
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +31,9 @@ from hakari.training.checkpoint.boxes import extents
 from hakari.training.checkpoint.commit import Request, SaveError, report
 from hakari.training.checkpoint.tensors import TORCH
 from hakari.training.checkpoint.writer import layout, to_json
+
+GRACE = 5.0
+"""Seconds that a writer has beyond a save's `timeout` to say that it ran out."""
 
 
 @dataclass
@@ -40,8 +48,7 @@ class Save:
 
     def done(self) -> bool:
         """Whether it is over, well or not."""
-        if self._writer and self.path is None and self._error is None:
-            self._take(self._writer.answer(wait=False))
+        self._look(wait=False)
         return self._writer is None
 
     def poll(self) -> bool:
@@ -60,20 +67,37 @@ class Save:
 
     def failure(self, wait: bool = False) -> str | None:
         """What went wrong, if it is over."""
-        if wait and not self.done() and self._writer:
-            self._take(self._writer.answer(wait=True))
+        self._look(wait)
         self._told = self._error is not None
         return self._error
 
-    def untold(self) -> str | None:
-        """What went wrong, once it is over, unless the program has seen it."""
-        return None if self._told else self.failure(wait=True)
+    @property
+    def told(self) -> bool:
+        """Whether the program has seen that it failed."""
+        return self._told
 
-    def _take(self, answer: dict[str, str] | None) -> None:
-        if answer is not None:
-            self._error = answer.get("error")
-            self.path = None if self._error else self._shown
-            self._writer = None
+    def untold(self, wait: bool = True) -> str | None:
+        """What went wrong, once it is over, unless the program has seen it."""
+        return None if self._told else self.failure(wait)
+
+    def _look(self, wait: bool) -> None:
+        """Ask the writer, unless it is over, or another thread waits for the answer."""
+        writer = self._writer
+        if writer is None:
+            return
+        writer.check_owner()
+        if not writer.lock.acquire(blocking=wait):
+            return
+        try:
+            answer = writer.answer(wait) if self._writer else None
+            if answer is not None:
+                self._error = answer.get("error")
+                self.path = None if self._error else self._shown
+                self._writer = None
+        finally:
+            writer.lock.release()
+        for note in (answer or {}).get("notes", ()):
+            warnings.warn(note, stacklevel=3)
 
 
 def finished(path: str) -> Save:
@@ -90,6 +114,18 @@ class Writer:
     view: mmap.mmap | None = None
     request: Request | None = None
     last: Save | None = None
+    owner: int = field(default_factory=os.getpid)
+    lock: threading.Lock = field(default_factory=threading.Lock)  # one thread reads an answer
+    until: float = 0.0  # when the save under way has run out of time
+    given_up: bool = False
+
+    def check_owner(self) -> None:
+        """Raise RuntimeError in a forked child: it shares the pipe, and would take answers."""
+        if os.getpid() != self.owner:
+            raise RuntimeError(
+                f"this process ({os.getpid()}) was forked from {self.owner}, whose writer process "
+                "it shares: save in that one, or start this one by 'spawn'"
+            )
 
     def save(self, request: Request, tensors: Sequence[Tensor], shown: str) -> Save:
         """Copy the tensors and have them written; returns when they are copied.
@@ -106,8 +142,9 @@ class Writer:
         return self.last
 
     def _copy(self, request: Request, tensors: Sequence[Tensor]) -> None:
-        if self.process.poll() is not None:
-            self._start_again()
+        if self.given_up or self.process.poll() is not None:
+            _close(self.process)
+            self.process, self.given_up = _process(self.memory), False
         places, size = layout(request)
         if self.view is None or len(self.view) < size:
             os.ftruncate(self.memory, size)
@@ -120,34 +157,64 @@ class Writer:
                 )
                 flat.view(extents(box)).copy_(tensor)
 
-    def answer(self, wait: bool) -> dict[str, str] | None:
+    def answer(self, wait: bool) -> dict[str, Any] | None:
         """What the process said of its last save, or None if it has not yet."""
         out = self.process.stdout
         if out is None:
             return {"error": "the writer process was not started"}
-        os.set_blocking(out.fileno(), wait)
-        line = out.readline()
-        if line:
-            os.set_blocking(out.fileno(), True)
-            line = line if line.endswith(b"\n") else line + out.readline()  # of a long message
-            return dict(json.loads(line))
-        status = self.process.wait() if wait else self.process.poll()
-        if status is None:
-            return None
-        said = f"the writer process ended with status {status}"
+        left = max(0.0, self.until - time.monotonic())
+        ready = select.poll()
+        ready.register(out, select.POLLIN)
+        if ready.poll(left * 1000 if wait else 0):
+            line = out.readline()
+            return dict(json.loads(line)) if line.endswith(b"\n") else self._died()
+        return self._give_up() if time.monotonic() >= self.until else None
+
+    def _died(self) -> dict[str, str]:
+        said = f"the writer process ended with status {self.process.wait()}"
         if self.request:  # it cannot tell the others any more
             report(self.request, said)
+        return {"error": said}
+
+    def _give_up(self) -> dict[str, str]:
+        """End a process that does not answer: it was stopped, or its file system hangs."""
+        self.process.kill()
+        self.given_up, request = True, self.request
+        if request is None:
+            return {"error": "the writer process was given up"}
+        said = (
+            f"the writer process of rank {request.rank} did not answer within {request.timeout:g} "
+            f"s (timeout) and {GRACE:g} s: it was stopped, or its disk hangs; it was killed"
+        )
+        teller = threading.Thread(target=report, args=(request, said), daemon=True)
+        teller.start()  # the disk may hang here too
+        teller.join(GRACE)
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(GRACE)
         return {"error": said}
 
     def _send(self, request: Request) -> None:
         if self.process.stdin is None:
             raise RuntimeError("the writer process was not started")
-        self.request = request
-        self.process.stdin.write(to_json(request))
-        self.process.stdin.flush()
+        self.request, self.until = request, time.monotonic() + request.timeout + GRACE
+        data = to_json(request)
+        if len(data) <= select.PIPE_BUF:
+            _write(self.process.stdin, data)
+        else:  # more than a pipe holds: a process that is stopped would stop this one
+            threading.Thread(target=_write, args=(self.process.stdin, data), daemon=True).start()
 
-    def _start_again(self) -> None:
-        self.process = _process(self.memory)
+
+def _close(process: subprocess.Popen[bytes]) -> None:
+    for pipe in (process.stdin, process.stdout):
+        with suppress(BrokenPipeError):
+            if pipe:
+                pipe.close()
+
+
+def _write(pipe: Any, data: bytes) -> None:
+    with suppress(BrokenPipeError):  # it has died, as its answer will say
+        pipe.write(data)
+        pipe.flush()
 
 
 def start() -> Writer:
@@ -179,17 +246,17 @@ def _process(memory: int) -> subprocess.Popen[bytes]:
 
 def _drain(writer: Writer, owner: int) -> None:
     """At exit: let the process finish what it has. If that fails, so does the program."""
-    process = writer.process
     if os.getpid() != owner:  # a forked child
         return
-    if process.stdin and process.poll() is None:
-        with suppress(BrokenPipeError):
-            process.stdin.write(b"end\n")
-            process.stdin.close()
     error = writer.last.untold() if writer.last else None
-    if process.stdout:
-        process.stdout.close()
-    process.wait()
+    process = writer.process
+    if process.stdin and process.poll() is None:
+        _write(process.stdin, b"end\n")
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:  # it has nothing to do any more, and may be stopped
+        process.kill()
+    _close(process)
     if error:
         print(f"hakari: saving in the background failed: {error}", file=sys.stderr)
         sys.stdout.flush()

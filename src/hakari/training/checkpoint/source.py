@@ -6,7 +6,7 @@ one; writers take any source. Nothing is read before it is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -53,7 +53,8 @@ class Source:
     scalars: states that are plain numbers. extra: what else was saved, a tree of plain values and
     tensors; ranks: such trees of each process's own, modules: of modules that
     keep more than tensors, by their names. origin: where it came from, for people:
-    framework, topology, versions.
+    framework, topology, versions. audit(): what is damaged of that which no tensor needed,
+    and files that were read and have no checksum; None where no file of the format has one.
     """
 
     tensors: Mapping[Key, Info]
@@ -67,6 +68,7 @@ class Source:
     origin: Mapping[str, Any] = field(default_factory=dict)
     ranks: tuple[Any, ...] = ()
     modules: Mapping[str, Any] = field(default_factory=dict)
+    audit: Callable[[], tuple[Sequence[str], Sequence[str]]] | None = None
 
     def array(self, key: Key, box: Box | None = None) -> np.ndarray:
         """A box of a tensor, or all of it, as unsigned integers."""

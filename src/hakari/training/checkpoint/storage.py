@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -181,7 +182,8 @@ class LocalFolder:
         path = self.where
         while not os.path.exists(path):
             path = os.path.dirname(os.path.abspath(path))
-        return shutil.disk_usage(path).free
+        usage = shutil.disk_usage(path)
+        return usage.free if usage.total else None  # /proc and its like have no size
 
     def _path(self, name: str) -> str:
         return os.path.join(self.where, name) if name else self.where
@@ -203,19 +205,32 @@ class LocalFile:
         """Append bytes."""
         view = memoryview(data)
         rest = view.cast("B") if view.nbytes else view[:0]
-        while rest.nbytes:
-            done = os.write(self.handle, rest[: 2**30])
-            rest, self.unsynced = rest[done:], self.unsynced + done
-        if self.unsynced >= SYNC_EVERY:
-            os.fsync(self.handle)
-            self.unsynced = 0
+        with _naming(self.path):
+            while rest.nbytes:
+                done = os.write(self.handle, rest[: 2**30])
+                rest, self.unsynced = rest[done:], self.unsynced + done
+            if self.unsynced >= SYNC_EVERY:
+                os.fsync(self.handle)
+                self.unsynced = 0
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         try:
             if kind is None:
-                os.fsync(self.handle)
+                with _naming(self.path):
+                    os.fsync(self.handle)
         finally:
             os.close(self.handle)
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Have errors of the disk say of which file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = error.filename or path
+        raise
 
 
 def _make_folders(path: str) -> None:
@@ -225,13 +240,16 @@ def _make_folders(path: str) -> None:
             os.mkdir(path)
         except FileExistsError:
             return
+        except OSError as error:
+            raise OSError(f"{path} cannot be made: {error.strerror or error}") from error
         _sync_folder(os.path.dirname(path) or ".")
 
 
 def _sync_folder(path: str) -> None:
     handle = os.open(path or ".", os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
     try:
-        os.fsync(handle)
+        with _naming(path):
+            os.fsync(handle)
     finally:
         os.close(handle)
 

@@ -60,7 +60,8 @@ class Damage:
 class Report:
     """What was found. checked: whether the format has checksums to compare with.
 
-    unlisted: files of the folder that belong to no tensor.
+    unlisted: files of the folder that belong to no tensor. unchecked: files without checksums,
+    in a format that has some.
     """
 
     where: str
@@ -72,6 +73,7 @@ class Report:
     damage: tuple[Damage, ...] = ()
     unlisted: tuple[str, ...] = ()
     checked: bool = True
+    unchecked: tuple[str, ...] = ()
 
     @property
     def whole(self) -> bool:
@@ -80,15 +82,30 @@ class Report:
 
     def __str__(self) -> str:
         rate = self.bytes / 1e9 / max(self.seconds, 1e-9)
-        size = f"{self.bytes / 1e9:.3g} GB in {self.seconds:.2f} s ({rate:.2f} GB/s)"
+        size = f"{size_text(self.bytes)} in {self.seconds:.2f} s ({rate:.2f} GB/s)"
         if not self.whole:
-            return f"damaged: {len(self.damage)} places; {self.tensors} tensors, {size}"
+            places = "1 place" if len(self.damage) == 1 else f"{len(self.damage)} places"
+            return f"damaged: {places}; {self.tensors} tensors, {size}"
+        if self.unchecked:
+            names = ", ".join(self.unchecked[:4]) + (", ..." if len(self.unchecked) > 4 else "")
+            return (
+                f"readable: {self.tensors} tensors, {size}; what has a CRC-32 agrees with it, "
+                f"and {names} has none, so that changed values there cannot be told"
+            )
         if self.checked:
             return f"whole: {self.tensors} tensors, {size}"
         return (
             f"readable: {self.tensors} tensors, {size}; {self.form} keeps no checksums, so that "
             "changed values cannot be told"
         )
+
+
+def size_text(count: int) -> str:
+    """Bytes in the unit that suits them."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:,.2f} {unit}"
+    return f"{count} B"
 
 
 def verify(
@@ -102,8 +119,9 @@ def verify(
     """Read all of a checkpoint, or of the newest one in a folder, and report all damage.
 
     progress: told of bytes read, from several threads. form, tag: as of `open_any`. workers:
-    reading threads, of 16 MiB each. Formats without checksums are only read: that they are whole
-    and every tensor can be had. Raises FileNotFoundError if there is no complete checkpoint.
+    reading threads, of 16 MiB each. Of other formats every tensor is read, and compared with the
+    CRC-32 that torch's files keep of it; safetensors keep none. Raises FileNotFoundError if there
+    is no complete checkpoint.
     """
     form = form or detect(where, tag)
     if form not in ("hakari", ROOT):
@@ -303,8 +321,10 @@ def _manifest(folder: Folder) -> tuple[Manifest | None, tuple[Damage, ...]]:
         commit, data = "", b""
     if hashlib.sha256(data).hexdigest() != commit:
         return None, (Damage("", "", MANIFEST, None, None, said),)
-    found = manifests.from_json(json.loads(data), f"{folder.where}/{MANIFEST}")
-    return found, (Damage("", "", COMMIT, None, None, said),)
+    where = f"{folder.where}/{MANIFEST}"
+    found = manifests.from_json(manifests.json_object(data, where), where)
+    file = MANIFEST if manifests.misnamed(folder, found) else COMMIT
+    return found, (Damage("", "", file, None, None, said),)
 
 
 # --- other formats ------------------------------------------------------------------------
@@ -321,6 +341,8 @@ def _readable(where: Location, form: str, tag: str | None, progress: Progress) -
                     progress(size)
         except (OSError, ValueError) as error:
             damage.append(Damage(*key, str(where), None, None, str(error)))
+    lost, unchecked = source.audit() if source.audit else ((), ())
+    damage += [Damage("", "", str(where), None, None, what) for what in lost]
     return Report(
         str(where),
         form,
@@ -329,7 +351,8 @@ def _readable(where: Location, form: str, tag: str | None, progress: Progress) -
         done,
         time.perf_counter() - begun,
         tuple(damage),
-        checked=False,
+        checked=source.audit is not None,
+        unchecked=tuple(unchecked),
     )
 
 

@@ -17,6 +17,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from math import prod
 from typing import Any
 
@@ -48,7 +49,8 @@ def main(memory: int, parent: int) -> None:
         if line == b"end":
             break
         answer = json.dumps(_answer(json.loads(line), memory, gone))
-        os.write(sys.stdout.fileno(), answer.encode() + b"\n")
+        with suppress(BrokenPipeError):  # nobody is there to hear it
+            os.write(sys.stdout.fileno(), answer.encode() + b"\n")
     os._exit(0)  # the thread may hold the input's lock
 
 
@@ -95,10 +97,11 @@ def _listen(lines: queue.Queue[bytes], closed: threading.Event) -> None:
     closed.set()
 
 
-def _answer(table: dict[str, Any], memory: int, gone: Callable[[], bool]) -> dict[str, str]:
-    request = request_from(table)
+def _answer(table: dict[str, Any], memory: int, gone: Callable[[], bool]) -> dict[str, Any]:
+    request, notes = request_from(table), list[str]()
     try:
-        return {"path": carry_out(request, _values(request, memory), gone)}
+        path = carry_out(request, _values(request, memory), gone, notes.append)
+        return {"path": path, "notes": notes}
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         return {"error": f"{type(error).__name__}: {error}"}
 

@@ -63,6 +63,7 @@ def open_dcp(where: Location, skip: Sequence[str] = ()) -> Source:
         step=_step(container, parts),
         extra=_extra(container, parts.rest) or None,
         origin={"framework": "torch.distributed.checkpoint", **_version(container)},
+        audit=container.audit,
     )
 
 

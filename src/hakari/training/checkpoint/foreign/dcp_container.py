@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,17 +18,18 @@ import numpy as np
 from hakari.training.checkpoint import fragments
 from hakari.training.checkpoint.boxes import Box, extents, flaw, intersect, show, volume, whole
 from hakari.training.checkpoint.dtypes import bits
+from hakari.training.checkpoint.foreign.checked_folder import audit, checked
 from hakari.training.checkpoint.foreign.dcp_metadata import (
     METADATA,
     Chunk,
-    Path,
     check_files,
     from_metadata,
     from_safetensors,
 )
+from hakari.training.checkpoint.foreign.dcp_metadata import Path as KeyPath
 from hakari.training.checkpoint.foreign.torch_files import read_torch
 from hakari.training.checkpoint.foreign.torch_values import Stored, plain, row_major
-from hakari.training.checkpoint.fragments import Fragment
+from hakari.training.checkpoint.fragments import DamageError, Fragment
 from hakari.training.checkpoint.source import Info
 from hakari.training.checkpoint.storage import Folder, Location, open_folder
 from hakari.training.checkpoint.tensors import as_tensor
@@ -45,10 +47,16 @@ class Container:
     tensors: Mapping[str, Info]
     chunks: Mapping[str, tuple[Chunk, ...]]
     items: Mapping[str, Chunk]
-    paths: Mapping[str, Path]
+    paths: Mapping[str, KeyPath]
     record: Any
     read: Callable[[str, Box, np.ndarray], None]
     inert: tuple[str, ...] = ()
+
+    @property
+    def audit(self) -> Callable[[], tuple[list[str], list[str]]] | None:
+        """As a `Source` has it; `.metadata` has no checksum."""
+        safetensors = self.record is None
+        return None if safetensors else partial(audit, self.folder, METADATA)
 
     def value(self, key: str) -> Any:
         """An item's plain value, or a tensor. Raises ValueError for a class that is refused."""
@@ -65,12 +73,12 @@ class Container:
             raise ValueError(f"{key}: {error}; or leave it out by skip={[key]}") from error
 
 
-def open_container(where: Location, inert: Sequence[str] = ()) -> Container:
+def open_container(where: Location | Folder, inert: Sequence[str] = ()) -> Container:
     """Open a folder by the keys that were saved; metadata and sizes of files alone are read.
 
     inert: patterns of classes in pickles that become records. Raises as `open_dcp`.
     """
-    folder = open_folder(where)
+    folder = checked(open_folder(where) if isinstance(where, str | Path) else where)
     names = folder.names()
     if METADATA in names:
         found = from_metadata(folder, inert)
@@ -136,7 +144,10 @@ def _place(folder: Folder, key: str, info: Info, chunk: Chunk) -> Stored:
     if chunk.raw:
         shape = extents(chunk.box)
         return Stored(info.dtype, shape, row_major(shape), chunk.file, chunk.offset)
-    stored = read_torch(folder, chunk.file, chunk.offset, chunk.length)
+    try:
+        stored = read_torch(folder, chunk.file, chunk.offset, chunk.length)
+    except ValueError as error:
+        raise DamageError(f"{error}; it holds {key} {show(chunk.box)}", (key, "DCP")) from error
     if not isinstance(stored, Stored):
         raise ValueError(
             f"{folder.where}/{chunk.file}: {key} {show(chunk.box)} is a {type(stored).__name__}"

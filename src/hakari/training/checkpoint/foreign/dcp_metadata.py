@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from hakari.training.checkpoint.boxes import Box, show
@@ -92,7 +93,7 @@ def from_safetensors(folder: Folder, names: Sequence[str]) -> Contents:
 
 
 def check_files(folder: Folder, names: Sequence[str], contents: Contents) -> None:
-    """Raise an error for a file that is missing, or ends before one of its items does."""
+    """Raise an error for a file that is missing, or shorter than its items, or if these overlap."""
     there, ends = set(names), dict[str, tuple[int, str]]()
     single = ((key, (item,)) for key, item in contents.items.items())
     for key, held in (*contents.chunks.items(), *single):
@@ -106,6 +107,23 @@ def check_files(folder: Folder, names: Sequence[str], contents: Contents) -> Non
         if (size := folder.size(file)) < stop:
             raise ValueError(
                 f"{folder.where}/{file} has {size:,} bytes, and {key} ends at {stop:,}: truncated"
+            )
+    _apart(folder, contents)
+
+
+def _apart(folder: Folder, contents: Contents) -> None:
+    """Raise ValueError if two items share bytes; tied weights may lie at the very same place."""
+    places: dict[tuple[str, int, int], str] = {}
+    single = ((key, (item,)) for key, item in contents.items.items())
+    for key, held in (*contents.chunks.items(), *single):
+        for chunk in held:
+            if chunk.length:
+                places.setdefault((chunk.file, chunk.offset, chunk.offset + chunk.length), key)
+    for (first, a), (second, b) in pairwise(sorted(places.items())):
+        if first[0] == second[0] and second[1] < first[2]:
+            raise ValueError(
+                f"{folder.where}: {a} (bytes {first[1]:,} to {first[2]:,}) and {b} (bytes "
+                f"{second[1]:,} to {second[2]:,}) overlap in {first[0]}: {METADATA} is damaged"
             )
 
 
@@ -128,8 +146,21 @@ def _indexed(record: Any, what: str) -> Contents:
     planned = state.get("planner_data")
     known = planned if isinstance(planned, Mapping) else {}
     keys = state["state_dict_metadata"]
-    paths = {key: path if isinstance(path := known.get(key), tuple) else (key,) for key in keys}
+    _told_alike(keys, {key for key, _ in places}, known, what)
+    paths = {key: known.get(key, (key,)) for key in keys}
     return Contents(tensors, chunks_of, items, paths, record)
+
+
+def _told_alike(
+    keys: Mapping[str, Any], placed: set[str], known: Mapping[str, Any], what: str
+) -> None:
+    """Raise ValueError if metadata call something by different names: there is no checksum."""
+    if lost := sorted(placed - set(keys)):
+        raise ValueError(f"{what} says where {lost[0]} lies, but not what it is: damaged")
+    for key in keys if known else ():
+        path = known.get(key)
+        if not isinstance(path, tuple) or ".".join(map(str, path)) != key:
+            raise ValueError(f"{what} says that {key} lies at {path} of what was saved: damaged")
 
 
 def _chunk(places: Mapping[Any, Any], key: str, about: Any, what: str) -> Chunk:

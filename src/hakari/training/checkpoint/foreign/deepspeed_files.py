@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from hakari.training.checkpoint.foreign.checked_folder import checked
 from hakari.training.checkpoint.foreign.torch_files import read_torch
 from hakari.training.checkpoint.foreign.torch_values import Record, Stored
 from hakari.training.checkpoint.storage import Folder, Location, open_folder, small
@@ -112,7 +113,7 @@ def tagged(where: Location, tag: str | None, latest: str) -> tuple[Folder, str]:
     A folder that itself holds the files will do. Raises ValueError for a tag that is no name of
     a folder in it.
     """
-    folder = open_folder(where)
+    folder = checked(open_folder(where))
     if tag is None and latest in folder.entries():
         tag = small(folder, latest, 4096).decode(errors="replace").strip()
     if tag is None:
@@ -120,7 +121,7 @@ def tagged(where: Location, tag: str | None, latest: str) -> tuple[Folder, str]:
     if not tag or tag.startswith(".") or tag not in folder.entries():
         there = ", ".join(folder.entries()[:8]) or "nothing"
         raise ValueError(f"{folder.where} has no folder {tag!r}, the tag to open; it has {there}")
-    return folder.child(tag), tag
+    return checked(folder.child(tag)), tag
 
 
 def refuse(folder: Folder, names: Iterable[str]) -> None:

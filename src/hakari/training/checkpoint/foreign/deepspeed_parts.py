@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from hakari.training.checkpoint import fragments
 from hakari.training.checkpoint.boxes import Box, extents, flat_range, flaw, volume, whole
 from hakari.training.checkpoint.dtypes import BYTES, bits
+from hakari.training.checkpoint.foreign.checked_folder import StorageError, audit
 from hakari.training.checkpoint.foreign.deepspeed_files import numel, row_major
 from hakari.training.checkpoint.foreign.torch_values import Stored, load
 from hakari.training.checkpoint.source import Group, Info, Key, Source
@@ -165,9 +167,29 @@ def close(
         if key not in parts.infos:
             raise ValueError(f"{parts.folder.where} has no {key[0]} ({key[1]})")
         _inside(key, box, parts.infos[key], out)
-        fragments.read(parts.folder, [(key, box, out)], parts.infos, parts.fragments)
+        try:
+            fragments.read(parts.folder, [(key, box, out)], parts.infos, parts.fragments)
+        except fragments.DamageError as error:
+            if isinstance(error.__cause__, StorageError):
+                raise _spoilt(parts, key, error.__cause__) from error
+            raise
 
-    return Source(parts.infos, read, parts.scalars, groups, optimizer, tied, step, extra, origin)
+    given = (parts.infos, read, parts.scalars, groups, optimizer, tied, step, extra, origin)
+    return Source(*given, audit=partial(audit, parts.folder))
+
+
+def _spoilt(parts: Parts, key: Key, damage: StorageError) -> fragments.DamageError:
+    """Damage to a storage, which holds parts of several tensors: `key`, and these."""
+    hit = [key]
+    for other, found in parts.fragments.items():
+        inside = any(
+            part.file == damage.file and damage.start <= part.offset < damage.stop for part in found
+        )
+        if inside and other != key:
+            hit.append(other)
+    names = ", ".join(f"{name} ({state})" for name, state in hit[:4])
+    more = f" and {len(hit) - 4} more" if len(hit) > 4 else ""
+    return fragments.DamageError(f"{damage}; it holds {names}{more}", *hit)
 
 
 def _inside(key: Key, box: Box, info: Info, out: np.ndarray) -> None:

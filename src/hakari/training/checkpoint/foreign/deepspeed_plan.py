@@ -14,10 +14,14 @@ from hakari.training.checkpoint.foreign.torch_values import Record
 from hakari.training.checkpoint.source import WEIGHT, Group, Source
 from hakari.training.checkpoint.storage import Location
 
+TEMPLATE = "template= (--config), a ZeRO save of the run that shall load"
+"""What to give, in Python and to the command."""
 VERSION = "0.19.0"
 """Release whose layout is written; it is put into files of a source that names none."""
 SUB_GROUP = 10**9
 """DeepSpeed's default of sub_group_size, in elements of one rank."""
+SCHEDULE = "lr_scheduler"
+"""Key of the schedule's state, in DeepSpeed's files and in a run's own extra state."""
 ADDRESS = "deepspeed.utils.tensor_fragment.fragment_address"
 SCALER = "deepspeed.runtime.fp16.loss_scaler.LossScaler"
 SCALERS = (SCALER, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler")
@@ -134,12 +138,12 @@ def _check_groups(source: Source, groups: Sequence[Group]) -> None:
     if not groups:
         raise ValueError(
             "the source has no optimizer groups, by which DeepSpeed orders parameters: give "
-            "template=, a ZeRO save of the run that shall load"
+            f"{TEMPLATE}"
         )
     if not all("lr" in group.options for group in groups):
         raise ValueError(
             "the source has no options (lr, ...) of its optimizer groups, which DeepSpeed's "
-            "optimizers load: give template=, a ZeRO save of the run that shall load"
+            f"optimizers load: give {TEMPLATE}"
         )
     for name in (name for group in groups for name in group.members):
         if (name, WEIGHT) not in source.tensors:
@@ -150,7 +154,34 @@ def _values(source: Source) -> dict[str, Any]:
     """What the source brings: values of DeepSpeed's if it came from there, else the client's."""
     if from_deepspeed(source):
         return dict(source.extra)
-    return {} if source.extra is None else {"client": {"extra": source.extra}}
+    schedule, rest = _scheduled(source.extra)
+    client = {} if rest is None else {"client": {"extra": rest}}
+    return client if schedule is None else {**client, SCHEDULE: schedule}
+
+
+def _scheduled(extra: Any) -> tuple[Mapping[str, Any] | None, Any]:
+    """The schedule's state in what a run of another framework saved, and the rest; or None."""
+    schedule = _mapping(extra).get(SCHEDULE)
+    if not isinstance(schedule, Mapping):
+        return None, extra
+    return schedule, {key: value for key, value in extra.items() if key != SCHEDULE} or None
+
+
+def client_extra(source: Source) -> list[str]:
+    """Names of what a run of another framework saved that becomes DeepSpeed's client state."""
+    _, rest = (None, None) if from_deepspeed(source) else _scheduled(source.extra)
+    return [*map(str, rest)] if isinstance(rest, Mapping) else [] if rest is None else ["extra"]
+
+
+def misfit(source: Source, template: Location | None) -> str:
+    """Why the schedule's state in a source is not what the run that shall load has; '' if it is."""
+    own = _values(source).get(SCHEDULE)
+    if from_deepspeed(source) or own is None or template is None:
+        return ""
+    theirs = _from_template(source, template)[0][SCHEDULE]
+    if fits(own, theirs):
+        return ""
+    return f"it has {', '.join(map(str, own))}; that of {template} {', '.join(map(str, theirs))}"
 
 
 def _from_template(source: Source, template: Location) -> tuple[dict[str, Any], tuple[Group, ...]]:
@@ -192,9 +223,16 @@ def _merged(own: dict[str, Any], theirs: dict[str, Any], source: Source) -> dict
     saved = theirs["optimizer"]
     if _mapping(scaler).get("class") == _mapping(saved.get("loss_scaler")).get("class"):
         saved = {**saved, "loss_scaler": scaler}
-    schedule = own["lr_scheduler"] if kept else _moved_on(theirs["lr_scheduler"], behind)
+    schedule = own[SCHEDULE] if kept else _moved_on(theirs[SCHEDULE], behind)
+    if not kept and fits(own.get(SCHEDULE), theirs[SCHEDULE]):
+        schedule = own[SCHEDULE]
     merged = {"engine": engine, "optimizer": saved, "lr_scheduler": schedule}
     return {**theirs, **merged, "client": own.get("client") or theirs["client"]}
+
+
+def fits(schedule: Any, theirs: Any) -> bool:
+    """Whether a schedule's state is of the kind that a save has, or may be as that has none."""
+    return bool(schedule) and (not theirs or {*_mapping(schedule)} == {*_mapping(theirs)})
 
 
 def _moved_on(schedule: Any, steps: int) -> Any:

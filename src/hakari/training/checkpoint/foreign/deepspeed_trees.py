@@ -12,7 +12,13 @@ import torch
 from hakari.training.checkpoint.foreign.deepspeed_elements import laid, whole
 from hakari.training.checkpoint.foreign.deepspeed_model import STATE
 from hakari.training.checkpoint.foreign.deepspeed_parts import Span
-from hakari.training.checkpoint.foreign.deepspeed_plan import CONSTANT, Plan, address, sub_groups
+from hakari.training.checkpoint.foreign.deepspeed_plan import (
+    CONSTANT,
+    TEMPLATE,
+    Plan,
+    address,
+    sub_groups,
+)
 from hakari.training.checkpoint.foreign.deepspeed_zero import dealt, flat_spans, partition_spans
 from hakari.training.checkpoint.source import WEIGHT, Key, Source
 from hakari.training.checkpoint.tensors import TORCH, as_tensor
@@ -83,9 +89,7 @@ def _known(plan: Plan, key: str) -> dict[str, Any]:
 def _scaled(plan: Plan) -> dict[str, Any]:
     """ZeRO-3 cannot load without a loss scaler: unless in fp16, that is a constant 1."""
     if plan.scaler is None and plan.precision == "F16":
-        raise ValueError(
-            "ZeRO-3 in fp16 needs the loss scaler's state: give template=, a save of the same run"
-        )
+        raise ValueError(f"ZeRO-3 in fp16 needs the loss scaler's state: give {TEMPLATE}")
     return {
         "loss_scaler": plan.scaler or CONSTANT,
         "dynamic_loss_scale": plan.optimizer.get("dynamic_loss_scale", False),

@@ -9,7 +9,12 @@ from collections.abc import Callable, Sequence
 
 from hakari.training.checkpoint.foreign.deepspeed_elements import exact
 from hakari.training.checkpoint.foreign.deepspeed_model import STATE
-from hakari.training.checkpoint.foreign.deepspeed_plan import Plan, from_deepspeed, make_plan
+from hakari.training.checkpoint.foreign.deepspeed_plan import (
+    TEMPLATE,
+    Plan,
+    from_deepspeed,
+    make_plan,
+)
 from hakari.training.checkpoint.foreign.deepspeed_trees import (
     counted,
     flat_state,
@@ -96,7 +101,7 @@ def write_universal(
         raise ValueError(
             "with round_robin_gradients, DeepSpeed loads universal checkpoints into the wrong "
             "parameters: switch that off in the run that shall load and give a save of it as "
-            "template=, or use write_zero"
+            "template= (--config), or use write_zero (--to deepspeed)"
         )
     tag = tag or f"global_step{source.step or 0}_universal"
     folder = root.child(tag)
@@ -144,8 +149,8 @@ def _check_order(source: Source, template: Location | None) -> None:
     if template is None and not from_deepspeed(source):
         raise ValueError(
             "DeepSpeed loads ZeRO files by position, not by name, and this source does not say in "
-            "which order its run has parameters: give template=, a ZeRO save of that run, or "
-            "write_universal"
+            f"which order its run has parameters: give {TEMPLATE}, or use write_universal (--to "
+            "deepspeed-universal)"
         )
 
 

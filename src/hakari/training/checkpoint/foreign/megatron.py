@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from hakari.training.checkpoint.boxes import Box
+from hakari.training.checkpoint.foreign.checked_folder import checked
 from hakari.training.checkpoint.foreign.dcp_container import Container, open_container
 from hakari.training.checkpoint.foreign.dcp_writing import write_dcp
 from hakari.training.checkpoint.foreign.optimizer_class import class_by_states
@@ -48,6 +49,8 @@ MASTERS = ("fp32_param", "param")
 """What optimizers call the weights that they update: Float16Optimizer's, DistributedOptimizer's."""
 RESHARDABLE = ("fully_reshardable", "fully_sharded_model_space")
 STEP, CLASS, ARGUMENTS = "step", "class", "argparse.Namespace"
+NAMES = "param_names"
+"""Key of a group's parameters, torch's own; `write_megatron` gives it where groups are several."""
 INERT = ("megatron.*", "torch.distributed.checkpoint.planner.*", "torch.serialization.*")
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(\w+)\.(.+)")
 
@@ -57,17 +60,18 @@ def open_megatron(where: Location, program: Program | None = None) -> Source:
 
     A weight is the optimizer's fp32 one, where there is one; then the module's own copy is left
     out. Steps, which Megatron has once, are each parameter's. One optimizer group has all
-    parameters; which of several a parameter is in is not saved, so that several are only in
-    `extra`, {'common': common.pt's tree, 'objects': names of what is neither and stays unread}.
+    parameters; of which of several a parameter is Megatron does not save (`write_megatron` does),
+    so that several are only in `extra`, {'common': common.pt's tree, 'objects': names of what is
+    neither and stays unread}.
     Raises FileNotFoundError; ValueError for another container, an optimizer's state that is not
     fully reshardable, or what `apply` raises.
     """
-    folder = open_folder(where)
+    folder = checked(open_folder(where))
     _container(folder)
     common = _tree(folder, read_torch(folder, COMMON, inert=INERT))
     if not isinstance(common, dict):
         raise ValueError(f"{folder.where}/{COMMON} holds a {type(common).__name__}, not a table")
-    inside = open_container(where, INERT)
+    inside = open_container(folder, INERT)
     _reshardable(folder, common, inside)
     source = _renamed(folder, inside)
     groups = [group for table in _tables(common, "param_groups") for group in table["param_groups"]]
@@ -75,10 +79,11 @@ def open_megatron(where: Location, program: Program | None = None) -> Source:
     source = _stepped(source, trained, _step(folder, common, groups))
     source = replace(
         source,
-        groups=tuple(Group(_options(g), trained) for g in groups if len(groups) == 1 and trained),
+        groups=_groups(groups, source, trained),
         step=common.get("iteration"),
         extra={"common": common, "objects": [*inside.items]},
         origin={"framework": "megatron", "master": _master(inside)},
+        audit=inside.audit,
     )
     source = replace(source, optimizer=class_by_states(source.tensors, source.groups))
     return source if program is None else apply(program, {(0, 0, 0): source})
@@ -214,8 +219,20 @@ def _tables(tree: Any, key: str) -> Iterator[dict[str, Any]]:
             yield from _tables(inner, key)
 
 
+def _groups(groups: list[Any], source: Source, trained: tuple[str, ...]) -> tuple[Group, ...]:
+    """Groups with their parameters; none where these are not known."""
+    if not trained:
+        return ()
+    members = [trained] if len(groups) == 1 else [group.get(NAMES, ()) for group in groups]
+    known = all((name, WEIGHT) in source.tensors for names in members for name in names)
+    if not known or not all(members):
+        return ()
+    pairs = zip(groups, members, strict=True)
+    return tuple(Group(_options(group), tuple(names)) for group, names in pairs)
+
+
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key not in ("params", STEP)}
+    return {key: value for key, value in group.items() if key not in ("params", NAMES, STEP)}
 
 
 def _tree(folder: Folder, value: Any) -> Any:
@@ -293,11 +310,19 @@ def _updated(common: Mapping[str, Any], slices: Source, step: float | None) -> d
     for group in groups:
         if step is not None and STEP in group:
             group[STEP] = int(step)
-        if len(groups) == len(slices.groups) == 1:
-            group.update(slices.groups[0].options)
+        group.pop(NAMES, None)
+    if len(groups) == len(slices.groups):
+        for group, new in zip(groups, _named(slices.groups), strict=True):
+            group.update(new)
     for table in _tables(tree, "common_step"):
         table["common_step"] = table["common_step"] if step is None else int(step)
     return tree
+
+
+def _named(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """What groups say, and, where there are several, whose they are."""
+    several = len(groups) > 1
+    return [{**g.options, **({NAMES: [*g.members]} if several else {})} for g in groups]
 
 
 def _common(slices: Source, step: float | None) -> dict[str, Any]:
@@ -306,9 +331,8 @@ def _common(slices: Source, step: float | None) -> dict[str, Any]:
     iteration = slices.step if slices.step is not None else int(step or 0)
     tree: dict[str, Any] = {"checkpoint_version": 3.0, "iteration": iteration}
     if slices.groups:
-        groups = [
-            {**g.options, **({} if step is None else {STEP: int(step)})} for g in slices.groups
-        ]
+        count = {} if step is None else {STEP: int(step)}
+        groups = [{**group, **count} for group in _named(slices.groups)]
         tree["optimizer"] = {
             "optimizer": {"param_groups": groups},
             "param_state_sharding_type": RESHARDABLE[0],

@@ -1,7 +1,7 @@
 """torch's zip files (torch.save) read without executing pickles, tensors left in place.
 
 A .pt file is an uncompressed zip: data.pkl is a pickle that names storages, and each storage
-lies raw in an entry of its own.
+lies raw in an entry of its own, with a CRC-32 that a `checked` folder compares when it is read.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from zlib_ng.zlib_ng import crc32
 
 from hakari.training.checkpoint.dtypes import BYTES
+from hakari.training.checkpoint.foreign.checked_folder import CheckedFolder, Storage
 from hakari.training.checkpoint.foreign.pickles import DAMAGE, MOST_PICKLE, damaged, unpickle
 from hakari.training.checkpoint.foreign.torch_values import Record, Stored
 from hakari.training.checkpoint.storage import Folder
@@ -51,7 +52,9 @@ def read_torch(
 
     offset, length: in bytes, of a zip that lies within a larger file. inert: patterns of classes,
     such as 'deepspeed.*', whose objects become `Record`s. Raises ValueError, naming the file, for
-    any other class, for damage, and for files in the format from before torch 1.6.
+    any other class, for damage, and for files in the format from before torch 1.6. Files saved
+    without checksums (torch.serialization.set_crc32_options) have 0 in place of each; they are
+    read, and `audit` names them if the folder is a `checked` one.
     """
     what = f"{folder.where}/{name}" + (f" (item at byte {offset:,})" if offset else "")
     size = folder.size(name)
@@ -62,7 +65,9 @@ def read_torch(
     try:
         entries = _entries(window, what)
         data = _pickle(window, entries, what)
-        storage = partial(_storage, window, entries)
+        if isinstance(folder, CheckedFolder) and not _sealed(entries):
+            folder.unchecked.add(name)
+        storage = partial(_storage, folder, window, entries)
         return unpickle(data, f"{what}: data.pkl", TENSORS, inert, storage)
     except DAMAGE as error:
         raise damaged(what, error) from error
@@ -75,7 +80,8 @@ class _Window(io.RawIOBase):
     """Part of a file, to be read at any place; small reads are served from blocks of 4 KiB."""
 
     def __init__(self, folder: Folder, name: str, begin: int, length: int) -> None:
-        self.folder, self.name, self.begin, self.length = folder, name, begin, length
+        self.folder = folder.inside if isinstance(folder, CheckedFolder) else folder
+        self.name, self.begin, self.length = name, begin, length
         self.at = 0
         self.blocks: dict[int, bytes] = {}
 
@@ -146,7 +152,7 @@ def _place(window: _Window, info: zipfile.ZipInfo) -> int:
         raise ValueError(f"{info.filename} is compressed or encrypted, which torch.save never does")
     window.seek(info.header_offset)
     head = window.read(30)
-    magic, named, more = struct.unpack("<4s22xHH", head)
+    magic, flags, crc, packed, size, named, more = struct.unpack("<4s2xH6xIIIHH", head)
     if magic != b"PK\x03\x04" or window.read(named) != info.orig_filename.encode():
         raise ValueError(f"{info.filename} is not where the directory says")
     if not _fields(window.read(more)):
@@ -154,7 +160,24 @@ def _place(window: _Window, info: zipfile.ZipInfo) -> int:
     start = info.header_offset + 30 + named + more
     if start + info.file_size > window.length:
         raise ValueError(f"{info.filename} ends behind the file")
+    said = struct.pack("<III", crc, packed, size)
+    if flags != info.flag_bits or not _agrees(window, info, start, said):
+        raise ValueError(f"{info.filename}: its header and the directory say different things")
     return int(start)
+
+
+def _agrees(window: _Window, info: zipfile.ZipInfo, start: int, said: bytes) -> bool:
+    """Whether checksum and size beside an entry are the directory's, with 32 or 64 bits.
+
+    said: by the local header, which has zeros where they follow the data (bit 3 of the flags).
+    """
+    narrow = struct.pack("<III", info.CRC, *(min(info.file_size, 2**32 - 1),) * 2)
+    if not info.flag_bits & 8:
+        return said == narrow
+    window.seek(start + info.file_size)
+    after = window.read(24)
+    wide = struct.pack("<IQQ", info.CRC, info.file_size, info.file_size)
+    return after[:4] == b"PK\7\10" and after[4:].startswith((narrow, wide))
 
 
 def _fields(extra: bytes) -> bool:
@@ -182,15 +205,19 @@ def _pickle(window: _Window, entries: Mapping[str, zipfile.ZipInfo], what: str) 
         )
     window.seek(start)
     data = window.read(info.file_size)
-    if zlib.crc32(data) != info.CRC:
-        raise ValueError(
-            f"{what}: data.pkl is not what was written: its checksum differs (or checksums were "
-            "switched off by set_crc32_options: save it with them)"
-        )
+    if _sealed(entries) and crc32(data) != info.CRC:
+        raise ValueError(f"{what}: data.pkl is not what was written: its checksum differs")
     return data
 
 
-def _storage(window: _Window, entries: Mapping[str, zipfile.ZipInfo], given: Any) -> Stored:
+def _sealed(entries: Mapping[str, zipfile.ZipInfo]) -> bool:
+    """Whether the file keeps checksums; without, torch writes 0 for every entry."""
+    return any(info.CRC for info in entries.values())
+
+
+def _storage(
+    folder: Folder, window: _Window, entries: Mapping[str, zipfile.ZipInfo], given: Any
+) -> Stored:
     """The storage that a persistent id names: ('storage', class, key, device, elements)."""
     kind, storage, key, _, count = given
     dtype = STORAGES[storage.name.rpartition(".")[2]]
@@ -198,7 +225,10 @@ def _storage(window: _Window, entries: Mapping[str, zipfile.ZipInfo], given: Any
     start = _place(window, info)
     if kind != "storage" or type(count) is not int or count * BYTES[dtype] != info.file_size:
         raise ValueError(f"storage {key} has {info.file_size:,} bytes, not {count} of {dtype}")
-    return Stored(dtype, (count,), (1,), window.name, window.begin + start)
+    begin = window.begin + start
+    if isinstance(folder, CheckedFolder) and _sealed(entries):
+        folder.note(window.name, Storage(str(key), begin, begin + info.file_size, info.CRC))
+    return Stored(dtype, (count,), (1,), window.name, begin)
 
 
 # --- tensors ------------------------------------------------------------------------------
