@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).parents[2]
+SAVE, CACHED, DISK = (
+    f"{what}, of DCP's time" for what in ("save", "load cached", "load from disk")
+)
 README = (ROOT / "README.md").read_text()
 
 
@@ -86,3 +90,25 @@ def test_speed_of_impulse_responses_is_the_committed_run():
         assert f"| `{name}` | {rates[0]:,.0f} | {rates[1]:,.0f} |" in README
     seconds = report["goals"]["seconds_from_table"]
     assert f"{seconds['H24']:.3f} s at H = 24 and {seconds['H48']:.3f} s at H = 48" in README
+
+
+def test_checkpoint_figures_are_the_committed_run():
+    report = json.loads((ROOT / "benchmarks" / "results" / "checkpoint.json").read_text())
+    faults = json.loads((ROOT / "benchmarks" / "results" / "checkpoint_faults.json").read_text())
+    got = {goal["name"]: goal["got"] for goal in report["goals"]}
+    text = " ".join(README.split())
+    assert f"{report['save']['bytes'] / 1e6:.0f} MB of weights and AdamW states" in text
+    assert f"a save takes {got[SAVE]:.2f} of its time" in text
+    assert f"a load {got[CACHED]:.2f} (files in memory)" in text
+    assert f"and {got[DISK]:.2f} (from disk)" in text
+    rounds = report["save"]["rounds"]
+    waits = {
+        name: 1000 * median(one[f"{name}, background"]["blocking"] for one in rounds)
+        for name in ("hakari", "DCP")
+    }
+    assert f"up for {waits['hakari']:.0f} ms (DCP's {waits['DCP']:.0f})" in text
+    times = got["convert, times as fast as ds_to_universal"]
+    assert f"converted {times:.1f} times as fast as" in text
+    lost = ("acknowledged saves lost", "damaged checkpoints", "runs that hung")
+    assert [faults[name] for name in lost] == [0, 0, 0]
+    assert f"{faults['kills']} kills with SIGKILL" in text
