@@ -109,6 +109,8 @@ def test_checkpoint_figures_are_the_committed_run():
     assert f"up for {waits['hakari']:.0f} ms (DCP's {waits['DCP']:.0f})" in text
     times = got["convert, times as fast as ds_to_universal"]
     assert f"converted {times:.1f} times as fast as" in text
+    copied = got["convert, bytes per second of cp and fsync"]
+    assert f"at {copied:.2f} of the speed at which `cp` and fsync copy it" in text
     lost = ("acknowledged saves lost", "damaged checkpoints", "runs that hung")
     assert [faults[name] for name in lost] == [0, 0, 0]
     assert f"{faults['kills']} kills with SIGKILL" in text
