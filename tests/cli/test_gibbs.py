@@ -187,7 +187,7 @@ MISTAKES = {
     "instruments": (["formula", "y ~ 1 + [x ~ g]"], "has instruments: a loss of y and x has none"),
     "gap": (["--data", "gap.csv"], "1 rows with missing values"),
     "classes": (["--loss", "hinge"], "hinge needs two classes"),
-    "separable": (["formula", "apart ~ 1 + x", "--loss", "logistic"], "no finite minimum"),
+    "separable": (["formula", "apart ~ 1 + x", "--loss", "logistic"], "separates the classes"),
     "level": (["--level", "95"], "level 95 must lie between 0 and 1"),
     "rate": (["--rate", "0"], "rate 0: a learning rate above 0 is needed"),
     "replicates": (["--replicates", "20"], "replicates 20: at least 200 data sets are needed"),
