@@ -5,9 +5,9 @@
 Median regression, y = x'1 + 2 e with e and x standard normal, n from 10^2 to 10^5, d from 1 to 20.
 Every method gets the same bootstrap data sets and calibrates the 95 % highest posterior density
 region from the same start, the large-sample rate of the data. `gpc` (Syring and Martin) and
-`gpc-wp` (weighted particles) simulate 2,000 draws after 1,000 of burn-in for each data set, with
-the same compiled loss; `gpc-smc` tempers; `cloud` and `shift` are hakari's own, of which `auto`
-picks one.
+`gpc-wp` (weighted particles) simulate as many draws for each data set as `calibrate` does unless
+told otherwise, with the same compiled loss; `gpc-smc` tempers; `cloud` and `shift` are hakari's
+own, of which `auto` picks one.
 
 The number of data sets is 500, and less where simulating them at every step would take too long:
 then it is less for all methods, and the first four columns say so. `agrees` is |log(rate / that of
@@ -39,7 +39,7 @@ CELLS = ((100, 1), (100, 2), (1000, 2), (1000, 5), (10_000, 1), (10_000, 5), (10
 METHODS = ("gpc", "gpc-wp", "gpc-smc", "cloud", "shift")
 BUDGET = 2.5e11  # losses of single rows that gpc may take in a cell, about
 STEPS = 12  # of gpc, as a first guess
-DRAWS = 3000  # of gpc for each data set and step, burn-in included
+DRAWS = 3000  # of gpc for each data set and step, about, burn-in included
 Answer = dict[str, Any]
 
 

@@ -57,13 +57,13 @@ def test_a_relative_path_lies_where_the_program_is_when_it_saves(folder, monkeyp
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_tilde_is_the_home_folder(folder, monkeypatch, asynchronous):
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("HOME", str(folder / "home"))
+    monkeypatch.setenv("HOME", str(folder / "mine"))
     found = checkpoint.save("~/run", net(1), step=1, asynchronous=asynchronous)
     assert found.wait() == "~/run/step-00000001"
-    assert checkpoint.steps(folder / "home/run") == checkpoint.steps("~/run") == [1]
-    assert checkpoint.latest("~/run") == f"{folder}/home/run/step-00000001"
+    assert checkpoint.steps(folder / "mine/run") == checkpoint.steps("~/run") == [1]
+    assert checkpoint.latest("~/run") == f"{folder}/mine/run/step-00000001"
     assert checkpoint.load("~/run", net(0)).step == 1
-    assert [path.name for path in folder.iterdir()] == ["home"]
+    assert [path.name for path in folder.iterdir()] == ["mine"]
 
 
 # --- how it ends ----------------------------------------------------------------------------

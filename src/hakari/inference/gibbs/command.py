@@ -18,41 +18,20 @@ from hakari.inference.gibbs.report import (
     verdict,
 )
 from hakari.inference.gibbs.study import Findings, Study, find
-from hakari.inference.patience import patience
 from hakari.inference.prior_text import describe_prior
-from hakari.inference.result import save
+from hakari.inference.study_command import Keep, answer_study
 from hakari.report import write_report
 from hakari.run import versions
-from hakari.terminal import INTERRUPTED, grid, terminal, to_json
+from hakari.terminal import grid
 
 
 def answer(study: Study, out: Path | None, json: bool) -> int:
     """Find, write and print; returns the exit status. A refusal leaves no folder behind."""
-    folder = run.new_run("gibbs", out)
-    draws = folder / "posterior.nc"
-    try:
-        with patience():
-            found = find(study, progress=True, keep=lambda result: save(result, draws))
-        report = write_run(found, folder)
-    except KeyboardInterrupt:
-        if not draws.exists():
-            raise
-        _say(f"interrupted; the draws are in {draws}, without a report")
-        return INTERRUPTED
-    except (ValueError, TypeError):
-        draws.unlink(missing_ok=True)  # what cannot be shown is refused like any other
-        raise
-    finally:
-        run.discard(folder)
-    if json:
-        print(to_json(record(found) | {"run": str(folder), "report": str(report)}))
-    else:
-        show(found, terminal())
-        print(report)
-    if found.interrupted:
-        _say("interrupted; the draws so far were written")
-        return INTERRUPTED
-    return 0
+
+    def finding(keep: Keep) -> Findings:
+        return find(study, progress=True, keep=keep)
+
+    return answer_study("gibbs", out, json, finding, write_run, record, show)
 
 
 def write_run(found: Findings, folder: Path) -> Path:
@@ -148,7 +127,3 @@ def config(found: Findings) -> dict[str, Any]:
         "output": {"interrupted": found.interrupted},
         "versions": versions(*PACKAGES),
     }
-
-
-def _say(text: str) -> None:
-    Console(stderr=True).print(f"hakari: {text}", soft_wrap=True)

@@ -26,9 +26,10 @@ import numpy as np
 
 from hakari.training.checkpoint import manifest as manifests
 from hakari.training.checkpoint.boxes import Box, show, volume, within
+from hakari.training.checkpoint.collector import collector_paused
 from hakari.training.checkpoint.content import content, hexadecimal
 from hakari.training.checkpoint.fragments import DamageError, Fragment
-from hakari.training.checkpoint.manifest import COMMIT, Manifest, Stored, collector_paused
+from hakari.training.checkpoint.manifest import COMMIT, Manifest, Stored
 from hakari.training.checkpoint.retention import advance, named, prune
 from hakari.training.checkpoint.shard_file import Part, write_parts
 from hakari.training.checkpoint.source import WEIGHT, Group, Info, Key

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from hakari.training.checkpoint import exchange
 from hakari.training.checkpoint.agreement import agree
 from hakari.training.checkpoint.boxes import Box, flaw, show, whole
+from hakari.training.checkpoint.collector import collector_paused
 from hakari.training.checkpoint.content import content, hexadecimal
 from hakari.training.checkpoint.dtypes import bits
 from hakari.training.checkpoint.foreign.optimizer_class import class_by_states
 from hakari.training.checkpoint.fragments import DamageError
-from hakari.training.checkpoint.manifest import Manifest, check_sizes, collector_paused
+from hakari.training.checkpoint.manifest import Manifest, check_sizes
 from hakari.training.checkpoint.matching import (
     Target,
     compare,

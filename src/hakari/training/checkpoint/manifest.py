@@ -11,12 +11,10 @@ A manifest is a stranger's file: whatever it claims is checked before it is used
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -86,21 +84,6 @@ def write(folder: Folder, manifest: Manifest) -> None:
     from_json(json.loads(data), f"step {manifest.step}")
     folder.write(MANIFEST, data)
     folder.write(COMMIT, json.dumps(_commit(data, manifest)).encode())
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """No collection of cycles, which would go through 10,000 tensors' tables again and again.
-
-    They are trees, and gone without it.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _commit(data: bytes, manifest: Manifest) -> dict[str, Any]:

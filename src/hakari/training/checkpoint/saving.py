@@ -22,9 +22,10 @@ import hakari
 from hakari.training.checkpoint import exchange
 from hakari.training.checkpoint.assign import Held, assign
 from hakari.training.checkpoint.boxes import Box, volume
+from hakari.training.checkpoint.collector import collector_paused
 from hakari.training.checkpoint.commit import Request, SaveError, carry_out
 from hakari.training.checkpoint.dtypes import BYTES
-from hakari.training.checkpoint.manifest import COMMIT, collector_paused
+from hakari.training.checkpoint.manifest import COMMIT
 from hakari.training.checkpoint.pieces import (
     Holdings,
     Models,
