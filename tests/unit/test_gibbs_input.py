@@ -96,6 +96,13 @@ def test_losses_and_rows(make, message):
         make()
 
 
+def test_starts():
+    with refused("start 0.5 with method 'auto': only gpc and gpc-wp begin there"):
+        hi.calibrate(gibbs(), start=0.5)
+    with refused("start -1.0: a learning rate above 0 is needed"):
+        hi.calibrate(gibbs(), method="gpc", start=-1.0)
+
+
 def test_formulas():
     frame = pd.DataFrame({"y": Y, "x": X[:, 1], "z": Y})
     with refused("has instruments: a loss of y and x has none"):

@@ -136,6 +136,7 @@ def calibrate(
     *,
     coefficients: Sequence[str] | None = None,
     particles: int | None = None,
+    start: float | None = None,
     block: int | None = None,
     m: int | None = None,
     cache: str | Path | None = None,
@@ -154,6 +155,8 @@ def calibrate(
     method: `cloud` and `shift` (importance sampling: one set of particles, or one a data set),
     `gpc`, `gpc-wp`, `gpc-smc` (posterior simulation), or `auto`, which says why in `why`.
     particles: of the cloud, or of each data set; a power of 2 for `cloud` and `shift`.
+    start: the rate at which `gpc` and `gpc-wp` begin (0.5 in the papers, whose steps are twice as
+    long); the large-sample rate unless given.
     cache: folder in which losses are kept, so that an interrupted call goes on from there.
     seed: the same result for the same seed, whatever the workers. progress: a line on stderr.
 
@@ -171,6 +174,7 @@ def calibrate(
     clusters = posterior.clusters if bootstrap == "cluster" else None
     n, d = posterior.risk.n, len(posterior.parameters)
     _check(level, replicates, method, particles, seed)
+    _check_start(start, method)
     check_scheme(bootstrap, n, clusters, block, m)
     refuse_bounded(posterior)
     jumps = _jumps(posterior, bootstrap)
@@ -186,6 +190,7 @@ def calibrate(
         particles or default_particles(chosen, d),
         seed,
         cache_for(cache, posterior, weights),
+        start,
     )
     with told(progress) as tell:
         found = tuple(_solver(chosen)(problem, regions, level, tell))
@@ -227,6 +232,15 @@ def _check(level: float, replicates: int, method: str, particles: int | None, se
         raise ValueError(f"seed {seed!r}: a whole number of at least 0 is needed")
     if particles is not None and (particles < 256 or particles & (particles - 1)):
         raise ValueError(f"particles {particles!r}: a power of 2 of at least 256 is needed")
+
+
+def _check_start(start: float | None, method: str) -> None:
+    if start is None:
+        return
+    if method not in ("gpc", "gpc-wp"):
+        raise ValueError(f"start {start!r} with method {method!r}: only gpc and gpc-wp begin there")
+    if not 0 < start < float("inf"):
+        raise ValueError(f"start {start!r}: a learning rate above 0 is needed")
 
 
 def _jumps(posterior: GibbsPosterior, bootstrap: str) -> bool:

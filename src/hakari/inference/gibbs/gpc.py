@@ -34,6 +34,7 @@ from hakari.inference.gibbs.tempered_clouds import climb, proper
 TOLERANCE = 0.005  # of coverage
 ITERATIONS = 100  # of stochastic approximation
 RHO = 0.25  # effective over actual size of weights, below which particles are exhausted
+MOVED = 0.05  # of log rate: less is not worth a simulation
 OUTER = 20  # simulations for a region by `gpc-wp`
 FIRST = 16  # of the large-sample rate: one over the rate at which `gpc-smc` starts, flat priors
 GROUPS = 8  # of draws, each left out once for the Monte Carlo error
@@ -98,8 +99,7 @@ SOLVERS: dict[str, Solver] = {"gpc": gpc, "gpc-wp": gpc_wp, "gpc-smc": gpc_smc}
 
 
 def _simulating(problem: Problem, region: Region, level: float, tell: Tell) -> Found:
-    start, evaluations = _start(problem, region, level), 0
-    rule = Kesten(start, start)
+    rule, evaluations = _rule(problem, region, level), 0
     for count in range(1, ITERATIONS + 1):
         tell(f"simulation {count} for {region.label} at rate {rule.rate:.3g}")
         made, rate = simulate(problem, rule.rate, problem.particles), rule.rate
@@ -118,8 +118,8 @@ def _simulating(problem: Problem, region: Region, level: float, tell: Tell) -> F
 def _weighting(
     problem: Problem, region: Region, level: float, made: list[Simulated], tell: Tell
 ) -> Found:
-    rate, done = _start(problem, region, level), False
-    unit = rate
+    rule, done = _rule(problem, region, level), False
+    rate = rule.rate
     near = next((each for each in made if reaches(each, rate)), None)
     for _ in range(OUTER):
         if near is None:
@@ -127,7 +127,7 @@ def _weighting(
             near = simulate(problem, rate, problem.particles)
             made.append(near)
         base, near = near, None
-        rate, done = _reweighted(problem, base, region, level, Kesten(unit, rate))
+        rate, done = _reweighted(problem, base, region, level, Kesten(rule.unit, rate))
         if done:
             break
     root = Root(rate, base.ranks(region, rate), done, len(made))
@@ -139,14 +139,18 @@ def _weighting(
 def _reweighted(
     problem: Problem, base: Simulated, region: Region, level: float, rule: Kesten
 ) -> tuple[float, bool]:
-    """Where Kesten's rule comes to with the weights of one simulation, and whether it is done."""
+    """Where Kesten's rule comes to with the weights of one simulation, and whether it is done.
+
+    Exhausted weights: the rate before, unless that is the simulation's own; then the rule's next.
+    """
     for _ in range(ITERATIONS):
         excess = _coverage(base, region, level, rule.rate) - level
         if _close(excess, problem):
             return rule.rate, True
         after = rule.after(excess)
         if not reaches(base, after.rate):
-            return _last_acceptable(base, rule.rate, after.rate), False
+            moved = abs(np.log(rule.rate / base.rate)) > MOVED
+            return rule.rate if moved else after.rate, False
         rule = after
     return rule.rate, False
 
@@ -159,17 +163,6 @@ def reaches(made: Simulated, rate: float) -> bool:
         if effective(normalised(log_weight)).min() < RHO * N:
             return False
     return bool(made.quality(rate)[0].max() <= pareto.threshold(N))
-
-
-def _last_acceptable(base: Simulated, here: float, there: float) -> float:
-    """The rate before the one that exhausts; on the base itself, as far that way as it reaches."""
-    if abs(np.log(here / base.rate)) > 0.01:
-        return here
-    for _ in range(10):
-        there = (here + there) / 2
-        if reaches(base, there):
-            break
-    return there
 
 
 # --- gpc-smc ------------------------------------------------------------------------------
@@ -211,6 +204,14 @@ def _bisected(problem: Problem, before: Made, above: float, region: Region, leve
 
 
 # --- parts --------------------------------------------------------------------------------
+
+
+def _rule(problem: Problem, region: Region, level: float) -> Kesten:
+    """Kesten's, at its start: 0.5 and steps of 1 in the paper, so that the unit is twice that."""
+    if problem.start is not None:
+        return Kesten(2 * problem.start, problem.start)
+    start = _start(problem, region, level)
+    return Kesten(start, start)
 
 
 def _start(problem: Problem, region: Region, level: float) -> float:

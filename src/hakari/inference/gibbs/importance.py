@@ -93,7 +93,8 @@ class Made:
 class Problem:
     """What is calibrated: the posterior, the data sets, how particles are made and of what size.
 
-    placed: to first order; None for losses that jump, which have none.
+    placed: to first order; None for losses that jump, which have none. start: the rate at which
+    `gpc` and `gpc-wp` begin; None for the large-sample one.
     """
 
     posterior: GibbsPosterior
@@ -103,6 +104,7 @@ class Problem:
     particles: int
     seed: int
     cache: Cache
+    start: float | None = None
 
     @property
     def centres(self) -> Centres:
