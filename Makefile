@@ -42,6 +42,8 @@ bench: setup
 	$(BIN)/python benchmarks/lp_coverage.py
 	$(BIN)/python benchmarks/local_projections.py
 	$(BIN)/python benchmarks/checkpoint.py
+	$(BIN)/python benchmarks/gibbs_coverage.py
+	$(BIN)/python benchmarks/calibration.py
 
 clean:
 	rm -rf $(VENV) site runs .pytest_cache .mypy_cache .ruff_cache

@@ -51,6 +51,7 @@ class Design:
     loss: Any
     draw: Callable[[int, Generator], tuple[ndarray, ndarray]]
     truth: tuple[float, ...] | None = None
+    sizes: tuple[int, ...] = (100, 400)
 
 
 def median_rows(n: int, chance: Generator) -> tuple[ndarray, ndarray]:
@@ -76,7 +77,7 @@ def class_rows(n: int, chance: Generator) -> tuple[ndarray, ndarray]:
 DESIGNS = (
     Design("median regression", hi.losses.quantile(0.5), median_rows, (2.0, 1.0)),
     Design("least squares, uneven errors", hi.losses.squared(), uneven_rows, (1.0, 1.0)),
-    Design("support vector machine", hi.losses.hinge(), class_rows),
+    Design("support vector machine", hi.losses.hinge(), class_rows, sizes=(400, 1600)),
 )
 
 
@@ -89,19 +90,20 @@ def main() -> None:
     options = parser.parse_args()
     count = options.replications or (20 if options.quick else 300)
     out = options.out or (None if options.quick else RESULTS)
-    cells = [study(design, n, count) for design in DESIGNS for n in (100, 400)]
-    report = {
+    report: Answer = {
         "command": "python benchmarks/gibbs_coverage.py",
         "device": _device(),
         "replications": count,
         "replicates": REPLICATES,
-        "cells": cells,
+        "cells": [],
     }
+    for design, n in [(each, n) for each in DESIGNS for n in each.sizes]:
+        report["cells"].append(study(design, n, count))
+        if out:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "gibbs_coverage.json").write_text(json.dumps(report, indent=1))
+            plot(report, out / "gibbs_coverage.png")
     show(report)
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "gibbs_coverage.json").write_text(json.dumps(report, indent=1))
-        plot(report, out / "gibbs_coverage.png")
 
 
 def study(design: Design, n: int, count: int) -> Answer:

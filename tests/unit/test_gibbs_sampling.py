@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import joblib
 import numpy as np
 import pytest
@@ -132,7 +133,8 @@ def test_auto_says_what_it_chose_and_why(posterior, method, why):
 # --- refusals -------------------------------------------------------------------------------
 
 REFUSED = [
-    ("nuts", gibbs(squared, **START), "'nuts' is unknown: Gibbs posteriors have auto, mh, smc"),
+    ("hmc", gibbs(squared, **START), "'hmc' is unknown: Gibbs posteriors have auto, mh, smc, pcn"),
+    ("nuts", gibbs(squared, **START), "needs a loss written in jax.numpy and 'squared' is not"),
     ("mala", gibbs(hi.losses.hinge(), CLASSES), "needs a gradient and the hinge loss has kinks"),
     ("mala", gibbs(squared, **START), r"the loss 'squared' comes without one: give Loss\("),
     ("pcn", gibbs(hi.losses.squared()), r"theta\[0\] has a flat prior: give Normal\(mean"),
@@ -219,6 +221,19 @@ def test_proper_posteriors_are_sampled(case):
     a, b = theta(one).reshape(-1, 2), theta(two).reshape(-1, 2)
     assert (np.abs(a.mean(0) - b.mean(0)) < 0.4 * b.std(0)).all()
     np.testing.assert_allclose(a.std(0), b.std(0), rtol=0.3)
+
+
+def test_divergences_of_nuts_are_counted_and_noted():
+    """In a funnel whose neck no step size fits."""
+    loss = hi.losses.from_jax(
+        lambda t, y: t[0] ** 2 / 18 + t[0] / 2 + t[1] ** 2 * jnp.exp(-t[0]) / 2 + 0 * y
+    )
+    funnel = hi.GibbsPosterior(loss, np.zeros(1), hi.Normal(0, 100.0), start=[0.5, 0.1])
+    result = hi.sample(funnel, "nuts", draws=500, chains=2, seed=1)
+    counts = result["checks"]["divergences"].values
+    assert counts.sum() > 0
+    np.testing.assert_array_equal(counts, result["sample_stats"]["diverging"].values.sum(axis=1))
+    assert "trajectories diverged" in result["checks"].attrs["notes"]
 
 
 def test_a_loss_that_overflows_far_away_is_not_taken_there():

@@ -33,7 +33,7 @@ from hakari.inference.result import Draws, Plan, read_positions, to_datatree
 
 Method = Literal[
     "auto", "mh", "da", "da-exact", "da-approx", "independence", "preconditioned", "concentrated",
-    "gibbs", "smc", "pcn", "mala",
+    "gibbs", "smc", "pcn", "mala", "nuts",
 ]  # fmt: skip
 METHODS = ("auto", "mh", "da", "da-exact", "da-approx", "independence", "preconditioned")
 MIX = 0.05  # share of random-walk steps that keeps da-exact and da-approx ergodic
@@ -55,7 +55,7 @@ def sample(
     """Draw from the quasi-posterior, or the Gibbs posterior of a loss.
 
     method: a kernel, or `auto`, which picks one (by a pilot, where there are pilots) and says why.
-        Gibbs posteriors have `mh`, `smc`, `pcn` and `mala`.
+        Gibbs posteriors have `mh`, `smc`, `pcn`, `mala` and, of losses in JAX, `nuts`.
     draws, chains: kept draws a chain, and chains; any number. Of `smc`: particles and runs.
     seed: whole number; the same draws for the same seed, whatever the workers. None takes
         one from the system and records it.

@@ -7,7 +7,10 @@ it by a constant divides the calibrated learning rate by that constant (gibbs-ca
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,8 @@ from numpy import ndarray
 from scipy.special import expit
 
 from hakari.inference.gibbs import loss_kernels as kernels
+
+ONE = Lock()
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,10 @@ class Loss:
     """Any loss: function(theta (d,), rows) -> losses (n,), one a row; rows are what you pass.
 
     batched: the function takes theta (M, d) and returns (M, n). gradient(theta (d,), rows) ->
-    (n, d), if there is one: gradient samplers use it, and the sandwich. jumps: whether the loss
-    jumps, as 0-1 losses do, so that minimisers converge at the rate n^(−1/3).
+    (n, d), if there is one: gradient samplers use it, the search for the minimum, and the sandwich
+    if there is a curvature(theta (d,), rows) -> (d, d) too, of the total loss. jumps: whether the
+    loss jumps, as 0-1 losses do, so that minimisers converge at the rate n^(−1/3). jax: what
+    `from_jax` keeps for `nuts`.
     Negative log-likelihoods, composite and pseudo-likelihoods are losses as they are: one value
     for each row (or cluster) that a bootstrap may draw.
     """
@@ -46,17 +53,40 @@ class Loss:
     batched: bool = False
     name: str = "custom"
     jumps: bool = False
+    curvature: Callable[[ndarray, Any], Any] | None = None
+    jax: Any = field(default=None, repr=False)
 
     def values(self, theta: ndarray, rows: Any) -> ndarray:
         """Losses (M, n) of theta (M, d). Raises ValueError for another shape, or no numbers."""
-        if self.batched:
-            found = np.asarray(self.function(theta, rows), dtype=float)
-        else:
-            found = np.stack([np.asarray(self.function(t, rows), dtype=float) for t in theta])
+        with _turn(self.function):
+            if self.batched:
+                found = np.asarray(self.function(theta, rows), dtype=float)
+            else:
+                found = np.stack([np.asarray(self.function(t, rows), dtype=float) for t in theta])
         if found.ndim != 2 or len(found) != len(theta):
             one = "(M, n) for theta (M, d)" if self.batched else "(n,) for theta (d,)"
             raise ValueError(f"loss {self.name!r} gave {found.shape}: it must return {one}")
         return found
+
+
+def from_jax(function: Callable[[Any, Any], Any], name: str | None = None) -> Loss:
+    """The loss of function(theta (d,), rows) -> losses (n,) written in jax.numpy.
+
+    It is compiled, in double precision, and its gradient and curvature are exact; `nuts` takes no
+    other. rows: an array, or tuples, lists and dicts of arrays; they are copied when they are first
+    used, so don't change them in place. name: by which messages know it, default the function's.
+    Bradbury et al. (2018). Raises ModuleNotFoundError without the extra `jax`, and, when the loss
+    is first used, ValueError for a function that JAX cannot compile or that computes in float32.
+
+    >>> import jax.numpy as jnp
+    >>> loss = from_jax(lambda theta, y: jnp.log(jnp.cosh(y - theta[0])), "log cosh")
+    >>> loss.gradient(np.array([0.0]), np.array([0.0, 30.0])).ravel() + 0.0
+    array([ 0., -1.])
+    """
+    _require("jax", "blackjax")
+    from hakari.inference.gibbs.jax_loss import loss_of
+
+    return loss_of(function, name)
 
 
 def squared() -> LinearLoss:
@@ -111,6 +141,23 @@ def smooth_threshold(bandwidth: float) -> Loss:
         return np.asarray(expit(-y * (x - theta) / width))
 
     return Loss(value, batched=True, name=f"smooth_threshold({bandwidth:g})")
+
+
+def _turn(function: Any) -> AbstractContextManager[Any]:
+    """Lets one thread at a time into a parallel function of Numba, which uses all cores itself.
+
+    Two at once end the process where Numba's pool of threads is the portable one, `workqueue`.
+    """
+    options = getattr(function, "targetoptions", {})
+    return ONE if options.get("parallel") else nullcontext()
+
+
+def _require(*packages: str) -> None:
+    for package in packages:
+        if find_spec(package) is None:
+            raise ModuleNotFoundError(
+                f"{package} is not installed: pip install 'hakari[jax]'", name=package
+            )
 
 
 def _wrong_side(theta: ndarray, rows: Any) -> ndarray:

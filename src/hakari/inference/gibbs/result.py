@@ -25,7 +25,8 @@ MADE_BY = {"inference_library": "hakari", "python": platform.python_version()}
 def to_datatree(
     plan: Plan, draws: Draws, generator: Generator, settings: dict[str, Any], interrupted: bool
 ) -> xr.DataTree:
-    """Groups posterior (theta), sample_stats (lp, accepted), checks, and prior where there is one.
+    """Groups posterior (theta), sample_stats (lp, accepted; of nuts diverging and n_steps), checks,
+    and prior where there is one.
 
     `attrs` hold what is needed to repeat the run, and of smc `log_normaliser`, that is
     log ∫ exp(−η loss) prior, over all runs; `checks` has each run's.
@@ -34,6 +35,7 @@ def to_datatree(
     axes, names = ("chain", "draw"), {"coefficient": list(posterior.parameters)}
     coords = {"chain": np.arange(theta.shape[0]), "draw": np.arange(theta.shape[1])}
     stats = {"lp": (axes, draws.log_density), "accepted": (axes, draws.accepted)}
+    stats |= {name: (axes, values) for name, values in draws.stats.items()}
     tree = {
         "/posterior": xr.Dataset({"theta": ((*axes, "coefficient"), theta)}, coords | names),
         "/sample_stats": xr.Dataset(stats, coords),
@@ -63,6 +65,15 @@ def _checks(plan: Plan, draws: Draws, theta: ndarray) -> xr.Dataset:
             for c, run in enumerate(draws.runs)
             if not run.settled
         ]
+    if "diverging" in draws.stats:
+        diverging = draws.stats["diverging"].sum(axis=1)
+        checks["divergences"] = ("chain", diverging)
+        notes += [
+            f"chain {c}: {count} of {theta.shape[1]} trajectories diverged: draws may miss where "
+            "the posterior is narrow; compare method='mh'"
+            for c, count in enumerate(diverging)
+            if count
+        ]
     return xr.Dataset(checks, attrs={"notes": "; ".join(notes)})
 
 
@@ -81,7 +92,8 @@ def _attributes(
 ) -> dict[str, Any]:
     posterior, (chains, count) = plan.target.posterior, draws.log_density.shape
     packages = ("hakari", "numpy", "numba", "scipy", "xarray", "arviz-stats")
-    evaluations, tempered = chains * count * plan.moves, {}
+    steps = draws.stats.get("n_steps", np.full((chains, count), plan.moves))
+    evaluations, tempered = steps.sum(), {}
     if draws.runs:
         each = np.array([run.log_normaliser for run in draws.runs])
         tempered = {"log_normaliser": float(np.logaddexp.reduce(each) - np.log(len(each)))}

@@ -151,25 +151,32 @@ class CustomRisk:
         """Gradients by the loss's own function, else by central differences."""
         if self.loss.gradient is not None:
             found = np.asarray(self.loss.gradient(theta, self.rows), dtype=float)
-            if found.shape != (self.n, len(theta)):
-                raise ValueError(
-                    f"the gradient of loss {self.loss.name!r} gave {found.shape}: it must return "
-                    f"({self.n}, {len(theta)}), a row for each loss"
-                )
-            return found
+            return self._shaped("gradient", found, self.n, ", a row for each loss")
         step = np.diag(1e-5 * (1e-3 + np.abs(theta)))
         values = self._values(np.concatenate([theta + step, theta - step]))
         d = len(theta)
         return np.asarray(((values[:d] - values[d:]) / (2 * np.diag(step)[:, None])).T)
 
-    def curvature(self, theta: Float[ndarray, " d"]) -> None:
-        """None: it is found by differences."""
-        return
+    def curvature(self, theta: Float[ndarray, " d"]) -> Float[ndarray, "d d"] | None:
+        """Second derivative of the total by the loss's own function, or None."""
+        if self.loss.curvature is None:
+            return None
+        found = np.asarray(self.loss.curvature(theta, self.rows), dtype=float)
+        return self._shaped("curvature", found, len(theta), ", of the total loss")
 
     @cached_property
     def minimiser(self) -> Float[ndarray, " d"]:
         """The best point of a search from `start`: global if the loss jumps."""
         return _global_search(self) if self.loss.jumps else _search(self)
+
+    def _shaped(self, what: str, found: ndarray, rows: int, said: str) -> ndarray:
+        wanted = (rows, len(self.start))
+        if found.shape != wanted:
+            raise ValueError(
+                f"the {what} of loss {self.loss.name!r} gave {found.shape}: it must return "
+                f"{wanted}{said}"
+            )
+        return found
 
     def _values(self, theta: ndarray) -> ndarray:
         values = self.loss.values(theta, self.rows)
@@ -221,11 +228,13 @@ def _refuse_separated(risk: LinearRisk, theta: ndarray) -> None:
         )
 
 
-def _polished(risk: LinearRisk, theta: ndarray) -> ndarray:
+def _polished(risk: Risk, theta: ndarray) -> ndarray:
     """A few plain Newton steps, each taken only if the gradient becomes smaller."""
     for _ in range(5):
-        gradient = risk.scores(theta).sum(axis=0)
-        step = np.linalg.lstsq(np.asarray(risk.curvature(theta)), gradient, rcond=None)[0]
+        gradient, bend = risk.scores(theta).sum(axis=0), np.asarray(risk.curvature(theta))
+        if not np.isfinite(bend).all():
+            break
+        step = np.linalg.lstsq(bend, gradient, rcond=None)[0]
         if np.abs(risk.scores(theta - step).sum(axis=0)).max() >= np.abs(gradient).max():
             break
         theta = theta - step
@@ -304,6 +313,9 @@ def _search(risk: CustomRisk) -> ndarray:
         best = minimize(value, best, method="Nelder-Mead", options=options).x
         if np.abs(best - begin).max() <= 1e-7 * (1e-3 + np.abs(best).max()):
             break
+    if risk.loss.curvature is not None:
+        close, least = _polished(risk, best), value(best)
+        best = close if value(close) <= least + 1e-12 * abs(least) else best  # but for rounding
     return best if value(best) <= value(risk.start) else risk.start
 
 

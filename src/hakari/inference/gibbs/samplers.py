@@ -2,7 +2,8 @@
 
 `mh`: adaptive random-walk Metropolis, compiled for losses of a linear predictor, in lock-step over
 chains for functions. `smc`: tempering in the learning rate. `pcn`: preconditioned Crank-Nicolson.
-`mala`: Langevin moves. Arrays of chance come from the streams that sampling.py makes.
+`mala`: Langevin moves. `nuts`: the No-U-Turn sampler, of losses in JAX. Arrays of chance come from
+the streams that sampling.py makes.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from hakari.inference.gibbs import compiled_walk, lockstep, smc
 from hakari.inference.gibbs.crank_nicolson import crank_nicolson, refuse_other_priors
 from hakari.inference.gibbs.langevin import has_slope, langevin, refuse_without_slope
 from hakari.inference.gibbs.lockstep import Tuning
+from hakari.inference.gibbs.losses import Loss
 from hakari.inference.gibbs.posterior import GibbsPosterior
 from hakari.inference.gibbs.propriety import refuse_bounded, refuse_without_growth
 from hakari.inference.gibbs.risk import LinearRisk
 from hakari.inference.gibbs.target import Target, free_positions, prior_target, target_of
 
-METHODS = ("auto", "mh", "smc", "pcn", "mala")
+METHODS = ("auto", "mh", "smc", "pcn", "mala", "nuts")
 KERNELS = {kernel.name: kernel for kernel in (lockstep.walk, crank_nicolson, langevin)}
 SLOPES_FROM = 10  # coefficients from which slopes beat the compiled walk
 BLOCK = 1000  # draws of compiled chains at a time
@@ -72,12 +74,16 @@ class Chains:
 
 @dataclass(frozen=True)
 class Draws:
-    """u (C, N, d), log density and acceptance (C, N); runs: of smc, one a chain."""
+    """u (C, N, d), log density and acceptance (C, N); runs: of smc, one a chain.
+
+    stats: (C, N) of nuts, as ArviZ names them: `diverging`, and leapfrog steps `n_steps`.
+    """
 
     u: Float[ndarray, "C N d"]
     log_density: Float[ndarray, "C N"]
     accepted: ndarray
     runs: tuple[smc.Run, ...] = field(default=())
+    stats: dict[str, ndarray] = field(default_factory=dict)
 
     def followed_by(self, later: Draws) -> Draws:
         """These draws and then those."""
@@ -85,6 +91,7 @@ class Draws:
             np.concatenate([self.u, later.u], axis=1),
             np.concatenate([self.log_density, later.log_density], axis=1),
             np.concatenate([self.accepted, later.accepted], axis=1),
+            stats={k: np.concatenate([v, later.stats[k]], axis=1) for k, v in self.stats.items()},
         )
 
 
@@ -98,6 +105,8 @@ def plan(posterior: GibbsPosterior, method: str) -> Plan:
         refuse_other_priors(posterior)
     if method == "mala":
         refuse_without_slope(posterior)
+    if method == "nuts":
+        _refuse_without_jax(posterior)
     refuse_bounded(posterior)
     target = target_of(posterior)
     refuse_without_growth(target)
@@ -116,6 +125,12 @@ def begin(plan: Plan, streams: Streams, warmup: int | None) -> Chains:
         return Chains(empty, Tuning(empty, empty, empty, empty), streams, 0, 0)
     start = np.stack([_start_point(plan.target, s["start"]) for s in streams])
     length = plan.moves * (max(1000, 40 * d) if warmup is None else warmup)
+    if plan.method == "nuts":
+        from hakari.inference.gibbs import jax_loss
+
+        keys = np.concatenate([_keys(s["start"], 1) for s in streams])
+        u, tuning = jax_loss.warm_up(plan.target, start, keys, length)
+        return Chains(u, tuning, streams, length, length)
     chains = Chains(start, lockstep.begin(KERNELS[plan.method], count, d), streams, 0, length)
     block = max(1, NUMBERS // start.size)
     while chains.done < length:
@@ -148,6 +163,8 @@ def draw(
 
 def advance(plan: Plan, chains: Chains, size: int) -> tuple[Chains, Draws]:
     """`size` more draws of each chain, and where they then stand."""
+    if plan.method == "nuts":
+        return _trajectories(plan, chains, size)
     chains, (u, density, accepted) = _advance(plan, chains, size * plan.moves)
     kept = slice(plan.moves - 1, None, plan.moves)
     return chains, Draws(u[:, kept], density[:, kept], accepted[:, kept])
@@ -224,6 +241,32 @@ def _lockstep(
             tuning = lockstep.learned(kernel, tuning, move, chains.done + i, chains.warmup)
         parts.append((state.u, state.log_density, move.accepted))
     return tuple(np.stack(part, axis=1) for part in zip(*parts, strict=True)), tuning
+
+
+def _trajectories(plan: Plan, chains: Chains, size: int) -> tuple[Chains, Draws]:
+    """As `advance`, of `nuts`."""
+    from hakari.inference.gibbs import jax_loss
+
+    keys = np.stack([_keys(s["noise"], size) for s in chains.streams])
+    found = jax_loss.moves(plan.target, chains.u, chains.tuning, keys)
+    u, density, accepted, diverging, steps = found
+    stats = {"diverging": diverging, "n_steps": steps}
+    chains = replace(chains, u=u[:, -1].copy(), done=chains.done + size)
+    return chains, Draws(u, density, accepted, stats=stats)
+
+
+def _keys(generator: Generator, count: int) -> ndarray:
+    """Keys (count, 2) of JAX's streams."""
+    return generator.integers(2**32, size=(count, 2), dtype=np.uint32)
+
+
+def _refuse_without_jax(posterior: GibbsPosterior) -> None:
+    loss = posterior.risk.loss
+    if not isinstance(loss, Loss) or loss.jax is None:
+        raise ValueError(
+            f"method 'nuts' needs a loss written in jax.numpy and {loss.name!r} is not: give "
+            "losses.from_jax(function), or use method='mala' or 'mh'"
+        )
 
 
 def _tempered(
