@@ -1,0 +1,185 @@
+"""The answer: both effects, their errors and set, the other root, and whether to believe it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from numpy import ndarray
+from scipy.stats import norm
+
+from hakari.inference.bidirectional.confidence_set import ConfidenceSet, confidence_set
+from hakari.inference.bidirectional.evidence import Assumptions, Evidence
+from hakari.inference.bidirectional.identification import Identification
+from hakari.inference.bidirectional.orthogonal_moments import Solution
+from hakari.inference.bidirectional.structure import mirror, multipliers
+
+Root = Literal["stable", "mirror"]
+RULES = {
+    "stable": "|ab| < 1: feedback dies out",
+    "mirror": "|ab| > 1, as asked: the equations are named the other way round",
+}
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Effects (a, b): a of y2 on y1, b of y1 on y2.
+
+    names: of y1 and y2. solution: of the moments. identification: the evidence that there is
+    something to estimate; `estimate` is NaN without it, unless `anyway`. root: which of the two
+    equivalent points is reported, by `rule`; `other_root` is the other.
+    """
+
+    names: tuple[str, str]
+    solution: Solution
+    evidence: Evidence
+    assumptions: Assumptions
+    identification: Identification
+    root: Root = "stable"
+    anyway: bool = False
+    method: str = "moments"
+
+    @property
+    def given(self) -> bool:
+        """Whether a point estimate is given."""
+        return (self.identification.identified or self.anyway) and self.solution.roots.exists
+
+    @property
+    def rule(self) -> str:
+        """What picked the root: the data cannot."""
+        return RULES[self.root]
+
+    @property
+    def estimate(self) -> tuple[float, float]:
+        """(a, b) at the root that the rule picks; NaN where it is not given."""
+        if not self.given:
+            return (np.nan, np.nan)
+        return self._points[self.root == "mirror"]
+
+    @property
+    def other_root(self) -> tuple[float, float]:
+        """The observationally equivalent point, (1/b, 1/a)."""
+        if not self.given:
+            return (np.nan, np.nan)
+        return self._points[self.root != "mirror"]
+
+    @property
+    def _points(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        a, b = self.solution.estimate
+        one, other = mirror(a, b)
+        return (a, b), (float(one), float(other))
+
+    @property
+    def covariance(self) -> Float[ndarray, "2 2"]:
+        """Of `estimate`: the sandwich, by the delta method at the mirror."""
+        if not self.given:
+            return np.full((2, 2), np.nan)
+        if self.root == "stable":
+            return self.solution.covariance
+        a, b = self.solution.estimate
+        slope = np.array([[0.0, -1 / b**2], [-1 / a**2, 0.0]])
+        return np.asarray(slope @ self.solution.covariance @ slope.T)
+
+    @property
+    def std_error(self) -> tuple[float, float]:
+        """Standard errors of `estimate`."""
+        first, second = np.sqrt(np.diag(self.covariance))
+        return float(first), float(second)
+
+    def interval(self, level: float = 0.95) -> Float[ndarray, "2 2"]:
+        """Lower and upper ends of a and of b, (2, 2): estimate and standard errors.
+
+        Right where the moments are strong; `confidence_set` is right everywhere.
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"level {level:g} must lie between 0 and 1, such as 0.95")
+        half = norm.ppf((1 + level) / 2) * np.array(self.std_error)
+        return np.stack([self.estimate - half, self.estimate + half], axis=1)
+
+    def confidence_set(self, level: float = 0.95) -> ConfidenceSet:
+        """The Anderson-Rubin set of both effects; it may be unbounded, and says so."""
+        moments = self.assumptions.moments(self.evidence.sums)
+        return confidence_set(moments, level, self.assumptions.restrict)
+
+    @cached_property
+    def multipliers(self) -> pd.DataFrame:
+        """What a shock to each outcome moves after all feedback, with standard errors."""
+        if not self.given:
+            value, error = np.full((2, 2), np.nan), np.full(4, np.nan)
+        else:
+            value, spread = multipliers(*self.estimate, self.covariance)
+            error = np.sqrt(np.diag(spread))
+        rows = [(f"shock to {self.names[j]}", self.names[i]) for i in range(2) for j in range(2)]
+        index = pd.MultiIndex.from_tuples(rows, names=["shock", "outcome"])
+        return pd.DataFrame({"effect": value.ravel(), "std_error": error}, index=index)
+
+    @cached_property
+    def instruments_agree(self) -> tuple[float, int, float]:
+        """Hansen's J with all instruments: statistic, degrees of freedom, p-value.
+
+        A small p says that the shocks are correlated in a way that moves with the covariates, or
+        that an effect is not linear. NaN where there are no more instruments than effects.
+        """
+        found = self.assumptions.solve(self.evidence.sums, overidentified=True)
+        return found.j, found.df, found.p_value
+
+    @cached_property
+    def draws(self) -> Float[ndarray, "R 2"]:
+        """Multiplier bootstrap of `estimate`; empty unless `bootstraps` were asked for."""
+        sums, out = self.evidence.sums, []
+        for first in self.evidence.draws:
+            again = replace(sums, first=first, weight=float(first[3 * sums.instruments]))
+            roots = self.assumptions.solve(again).roots
+            out.append(roots.other if self.root == "mirror" else (roots.a, roots.b))
+        return np.array(out).reshape(-1, 2)
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row an effect: estimate, standard error, 95 % interval, set's ends, other root."""
+        one, two = self.names
+        ends, sets = self.interval(), self.confidence_set()
+        inside = (sets.a, sets.b)
+        rows = {}
+        for j, name in enumerate([f"{two} on {one}", f"{one} on {two}"]):
+            low = inside[j][0][0] if inside[j] else np.nan
+            high = inside[j][-1][1] if inside[j] else np.nan
+            rows[name] = {
+                "estimate": self.estimate[j],
+                "std_error": self.std_error[j],
+                "lower": ends[j, 0],
+                "upper": ends[j, 1],
+                "set_lower": low,
+                "set_upper": high,
+                "other_root": self.other_root[j],
+            }
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("effect of")
+
+    def to_datatree(self) -> Any:
+        """The bootstrap draws as a DataTree in ArviZ's schema. Raises ValueError without draws."""
+        if not len(self.draws):
+            raise ValueError("no draws: fit with bootstraps=200 or more")
+        import xarray as xr
+
+        one, two = self.names
+        names = [f"{two} on {one}", f"{one} on {two}"]
+        data = xr.Dataset(
+            {"effect": (("chain", "draw", "of"), self.draws[None])},
+            {"chain": [0], "draw": np.arange(len(self.draws)), "of": names},
+        )
+        return xr.DataTree.from_dict({"/posterior": data})
+
+    def __str__(self) -> str:
+        one, two = self.names
+        lines = [f"{self.evidence.rows:,} rows, method {self.method}"]
+        if self.given:
+            columns = ["estimate", "std_error", "lower", "upper", "other_root"]
+            lines += [self.table[columns].to_string(float_format="{:.4g}".format)]
+            lines += [f"root: {self.rule}; the other root fits as well"]
+        else:
+            lines += [f"no point estimate of {two} on {one} and {one} on {two}"]
+        lines += [self.confidence_set().text, str(self.identification)]
+        return "\n".join(lines)

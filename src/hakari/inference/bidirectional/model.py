@@ -1,0 +1,369 @@
+"""`BidirectionalEffects`: two outcomes that cause each other, from data at rest or a stream.
+
+fit -> `batch.fit` (data that can be read again) or `stream.advance` (data that come once);
+effects -> `Effects` from the sums alone. The conventions are scikit-learn's.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from hakari.inference.bidirectional import batch, saved, stream
+from hakari.inference.bidirectional.drift import Alarm
+from hakari.inference.bidirectional.effects import Effects, Root
+from hakari.inference.bidirectional.evidence import Assumptions, Evidence
+from hakari.inference.bidirectional.features import Features, RandomFourier
+from hakari.inference.bidirectional.identification import Identification, identification
+from hakari.inference.bidirectional.nuisance import FEWEST, Nuisance, warmed_up
+from hakari.inference.bidirectional.orthogonal_moments import Restriction
+from hakari.inference.bidirectional.rows import (
+    Columns,
+    Rows,
+    first_rows,
+    is_stream,
+    read,
+    stacked,
+)
+from hakari.inference.bidirectional.stream import Forgetting, Stream
+from hakari.inference.tables import Missing
+
+Covariance = Literal["zero", "constant"]
+FEATURES = RandomFourier(200)
+
+
+class BidirectionalEffects:
+    """Effects of y2 on y1 and of y1 on y2, identified by variances that move apart.
+
+    y1 = a y2 + f1(x) + s1(x) e1 and y2 = b y1 + f2(x) + s2(x) e2, with shocks uncorrelated given
+    x; identified up to a mirror where s1²/s2² depends on x (arXiv 2511.05050; design note
+    bidirectional-effects).
+
+    y1, y2, covariates: names of columns. features: of the covariates, for means and log variances.
+    regimes: a column whose values are the regimes of the variances (Rigobon, 2003), instead of
+    the covariates. covariance: of the shocks given x, "zero", or "constant" and unknown (Lewbel,
+    2012). restrict: "a=0" or "b=0", a triangular system. root: "stable" reports the point with
+    |ab| < 1, "mirror" the other. half_life, window: rows after which a row of a stream counts
+    half, or not at all. warm_up: rows that fix features and units. bootstraps: of the multiplier
+    bootstrap. missing: "raise", or "drop" rows. seed: of the bootstrap.
+
+    >>> rng = np.random.default_rng(1)
+    >>> x = rng.uniform(size=4000)
+    >>> e1, e2 = rng.standard_normal((2, 4000)) * np.exp([2 * x - 1, 1 - 2 * x])
+    >>> data = {"x": x, "p": (e1 + 0.5 * e2) / 0.8, "q": (e2 + 0.4 * e1) / 0.8}
+    >>> model = BidirectionalEffects("p", "q", ["x"], RandomFourier(20, seed=1)).fit(data)
+    >>> [round(float(v), 1) for v in model.effects().estimate]
+    [0.5, 0.4]
+    """
+
+    def __init__(
+        self,
+        y1: str = "y1",
+        y2: str = "y2",
+        covariates: Sequence[str] = (),
+        features: Features = FEATURES,
+        *,
+        regimes: str | None = None,
+        covariance: Covariance = "zero",
+        restrict: Restriction | None = None,
+        root: Root = "stable",
+        half_life: float | None = None,
+        window: float | None = None,
+        warm_up: int = 20_000,
+        bootstraps: int = 0,
+        missing: Missing = "raise",
+        seed: int = 0,
+    ) -> None:
+        self.y1, self.y2, self.covariates, self.features = y1, y2, covariates, features
+        self.regimes, self.covariance, self.restrict, self.root = (
+            regimes,
+            covariance,
+            restrict,
+            root,
+        )
+        self.half_life, self.window, self.warm_up = half_life, window, warm_up
+        self.bootstraps, self.missing, self.seed = bootstraps, missing, seed
+        self._nuisance: Nuisance | None = None
+        self._evidence: Evidence | None = None
+        self._stream: Stream | None = None
+        self._waiting: list[Rows] = []
+        self.interrupted = False
+
+    # --- learning -----------------------------------------------------------------------------
+
+    def fit(self, data: Any, *, progress: bool = False) -> BidirectionalEffects:
+        """Learn from all rows, forgetting what was learned before.
+
+        data: a frame, Arrow, a dict of arrays, the path of CSV or Parquet files of any size: read
+        five times, in blocks that run side by side through joblib; the result is the same for any
+        number of workers. An iterator of batches or a RecordBatchReader is read once, as by
+        `partial_fit`, and so are any data with a half-life or a window. Ctrl-C in a stream keeps
+        the rows so far. Raises ValueError for columns, values or settings that do not fit.
+        """
+        columns, forgetting = self._checked()
+        self._forget()
+        if is_stream(data) or forgetting != Forgetting():
+            return self._streamed(read(data, columns, self.missing), progress)
+        first = first_rows(read(data, columns, self.missing), self.warm_up)
+        nuisance = warmed_up(self.features, first, self.covariates)
+        with told(progress) as tell:
+            self._nuisance, self._evidence = batch.fit(
+                nuisance,
+                self._assumptions,
+                lambda: read(data, columns, self.missing),
+                self.bootstraps,
+                self.seed,
+                tell,
+            )
+        return self
+
+    def partial_fit(self, data: Any) -> BidirectionalEffects:
+        """Learn from some more rows, each met by what came before.
+
+        data: as of `fit`, each read once. The first `warm_up` rows are kept until they are all
+        there. After `fit` on data at rest, raises ValueError.
+        """
+        columns, _ = self._checked()
+        if self._evidence is not None:
+            raise ValueError(
+                "fit has read its data five times, which more rows cannot follow: start a new "
+                "model with partial_fit, or fit all of the data"
+            )
+        for rows in read(data, columns, self.missing):
+            self._take(rows)
+        return self
+
+    def merge(self, other: BidirectionalEffects) -> BidirectionalEffects:
+        """Add what another model has learned from other rows. Returns this model.
+
+        The sums add exactly: the estimate is that of both models' moments pooled. Raises ValueError
+        for models of other outcomes or assumptions.
+        """
+        self._checked()
+        mine, theirs = self._identity, other._identity
+        for name in mine:
+            if mine[name] != theirs[name]:
+                raise ValueError(
+                    f"models with {name} {mine[name]!r} and {theirs[name]!r}: no merge"
+                )
+        if other._evidence is not None or self._evidence is not None:
+            self._evidence = self._summed + other._summed
+            self._nuisance = self._nuisance or other._nuisance
+        elif other._stream is None:
+            for rows in other._waiting:
+                self._take(rows)
+        elif self._stream is None:
+            waiting, self._stream = self._waiting, other._stream
+            for rows in waiting:
+                self._take(rows)
+        else:
+            self._stream = stream.merged(self._stream, other._stream, self._assumptions)
+        return self
+
+    # --- answers ------------------------------------------------------------------------------
+
+    def effects(self, anyway: bool = False) -> Effects:
+        """Both effects. anyway: a point estimate even where `identification` says no.
+
+        Raises ValueError before there are 1,000 rows.
+        """
+        evidence = self._summed
+        solution = self._assumptions.solve(evidence.sums)
+        return Effects(
+            (self.y1, self.y2),
+            solution,
+            evidence,
+            self._assumptions,
+            self.identification(),
+            self.root,
+            anyway,
+        )
+
+    def identification(self) -> Identification:
+        """Whether the variances move apart enough to tell the effects, and the tests."""
+        evidence, assumptions = self._summed, self._assumptions
+        moments = assumptions.moments(evidence.sums)
+        if assumptions.regimes:
+            return identification(moments, features=evidence.ratio)
+        return identification(moments, index=evidence.ratio)
+
+    @property
+    def path(self) -> pd.DataFrame:
+        """The estimates along the stream: rows, a, b and their standard errors."""
+        names = ["rows", "a", "b", "std_error_a", "std_error_b"]
+        points = np.empty((0, 5)) if self._stream is None else self._stream.path
+        return pd.DataFrame(points, columns=names)
+
+    @property
+    def alarm(self) -> Alarm | None:
+        """When a change of the effects was noticed along the stream; None if never."""
+        return None if self._stream is None else self._stream.monitor.alarm
+
+    @property
+    def rows(self) -> int:
+        """Rows that were learned from."""
+        if self._evidence is not None:
+            return self._evidence.rows
+        waiting = sum(len(rows) for rows in self._waiting)
+        return waiting if self._stream is None else self._stream.rows
+
+    @property
+    def nuisance(self) -> Nuisance:
+        """Features and heads as learned; along a stream, as they are now."""
+        self._flushed()
+        if self._stream is not None:
+            return stream.as_nuisance(self._stream)
+        if self._nuisance is None:
+            raise ValueError("nothing was learned yet: fit first")
+        return self._nuisance
+
+    # --- keeping ------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write settings and state to one .npz file, from which `load` goes on."""
+        state = {
+            "parameters": self.get_params(),
+            "nuisance": self._nuisance,
+            "evidence": self._evidence,
+            "stream": self._stream,
+            "waiting": tuple(self._waiting),
+        }
+        saved.write(Path(path), state)
+
+    @classmethod
+    def load(cls, path: str | Path) -> BidirectionalEffects:
+        """A model as it was saved. Raises ValueError for a file that is none."""
+        state = saved.read(Path(path))
+        model = cls(**state["parameters"])
+        model._nuisance, model._evidence = state["nuisance"], state["evidence"]
+        model._stream, model._waiting = state["stream"], list(state["waiting"])
+        return model
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Settings by name, as scikit-learn asks for them."""
+        names = list(inspect.signature(type(self).__init__).parameters)[1:]
+        return {name: getattr(self, name) for name in names}
+
+    def set_params(self, **settings: Any) -> BidirectionalEffects:
+        """Change settings. Raises ValueError for an unknown one."""
+        known = self.get_params()
+        for name, value in settings.items():
+            if name not in known:
+                raise ValueError(f"no setting {name!r}: known are {', '.join(known)}")
+            setattr(self, name, value)
+        return self
+
+    def __repr__(self) -> str:
+        return f"BidirectionalEffects({self.y1!r}, {self.y2!r}, rows={self.rows:,})"
+
+    # --- parts --------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        self._nuisance, self._evidence, self._stream = None, None, None
+        self._waiting, self.interrupted = [], False
+
+    def _checked(self) -> tuple[Columns, Forgetting]:
+        """Settings that fit together, or ValueError."""
+        for name, known in (
+            ("covariance", ("zero", "constant")),
+            ("restrict", (None, "a=0", "b=0")),
+            ("root", ("stable", "mirror")),
+            ("missing", ("raise", "drop")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r}: use one of {known}")
+        if not self.covariates and self.regimes is None:
+            raise ValueError("no covariates and no regimes: variances need something to move with")
+        if isinstance(self.covariates, str):
+            raise ValueError(f"covariates {self.covariates!r}: give a list of names")
+        if self.restrict and self.root == "mirror":
+            raise ValueError(
+                f"root 'mirror' with restrict {self.restrict!r}: the mirror is infinite"
+            )
+        for name, least in (("warm_up", FEWEST), ("bootstraps", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int | np.integer) or value < least:
+                raise ValueError(
+                    f"{name} {value!r}: a whole number of at least {least:,} is needed"
+                )
+        columns = Columns(self.y1, self.y2, tuple(self.covariates), self.regimes)
+        return columns, Forgetting(self.half_life, self.window)
+
+    @property
+    def _assumptions(self) -> Assumptions:
+        return Assumptions(self.covariance, self.restrict, self.regimes is not None)
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        """What models must share to be merged."""
+        names = ("y1", "y2", "regimes", "covariance", "restrict", "bootstraps")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def _summed(self) -> Evidence:
+        self._flushed()
+        if self._evidence is not None:
+            return self._evidence
+        if self._stream is None:
+            raise ValueError(
+                f"{self.rows:,} rows so far, and {FEWEST:,} are needed: fit or partial_fit more"
+            )
+        return self._stream.evidence
+
+    def _streamed(self, blocks: Iterable[Rows], progress: bool) -> BidirectionalEffects:
+        with told(progress) as tell:
+            try:
+                for rows in blocks:
+                    self._take(rows)
+                    tell("stream", self.rows)
+            except KeyboardInterrupt:
+                self.interrupted = True
+        return self
+
+    def _take(self, rows: Rows) -> None:
+        """Rows into the stream; the first wait until there are enough to begin with."""
+        if self._stream is None:
+            self._waiting.append(rows)
+            if sum(len(waiting) for waiting in self._waiting) >= self.warm_up:
+                self._begin()
+            return
+        self._stream = stream.advance(
+            self._stream,
+            self._assumptions,
+            Forgetting(self.half_life, self.window),
+            rows,
+            self.bootstraps,
+            self.seed,
+        )
+
+    def _begin(self) -> None:
+        whole = stacked(self._waiting)
+        first, rest = whole.cut(0, self.warm_up), whole.cut(self.warm_up, len(whole))
+        nuisance = warmed_up(self.features, first, self.covariates)
+        begun = stream.begin(nuisance, self._assumptions, first, self.bootstraps, self.seed)
+        self._stream, self._waiting = begun, []
+        if len(rest):
+            self._take(rest)
+
+    def _flushed(self) -> None:
+        """Begin with what waits, if an answer is wanted before the warm-up is full."""
+        if self._stream is None and sum(len(rows) for rows in self._waiting) >= FEWEST:
+            self._begin()
+
+
+@contextmanager
+def told(progress: bool) -> Iterator[Callable[[str, int], None]]:
+    """A line on the error stream: the pass, its rows so far, and rows a second."""
+    if not progress:
+        yield lambda name, rows: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("reading") as status:
+        yield lambda name, rows: status.update(f"{name}: {rows:,} rows")

@@ -1,0 +1,146 @@
+"""Rows of two outcomes and their covariates, from a table of any kind and size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from jaxtyping import Float
+from numpy import ndarray
+
+from hakari.inference import tables
+from hakari.inference.tables import Missing, Wanted
+
+
+@dataclass(frozen=True)
+class Rows:
+    """y (n, 2), covariates X (n, p), and the regime of each row, or None."""
+
+    y: Float[ndarray, "n 2"]
+    X: Float[ndarray, "n p"]
+    regimes: ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def cut(self, start: int, stop: int) -> Rows:
+        """Rows from start to before stop."""
+        regimes = None if self.regimes is None else self.regimes[start:stop]
+        return Rows(self.y[start:stop], self.X[start:stop], regimes)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the two outcomes, the covariates, and the column of regimes."""
+
+    y1: str
+    y2: str
+    covariates: tuple[str, ...]
+    regimes: str | None = None
+
+    def __post_init__(self) -> None:
+        names = [self.y1, self.y2, *self.covariates, *([self.regimes] if self.regimes else [])]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)} named twice: outcomes and covariates must differ")
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Columns that must hold numbers."""
+        return (self.y1, self.y2, *self.covariates)
+
+
+def read(data: Any, columns: Columns, missing: Missing = "raise") -> Iterator[Rows]:
+    """Blocks of at most `tables.BLOCK_ROWS` rows, in order, read once.
+
+    data: what `tables.open_table` knows: a frame, a dict of arrays, a path, Arrow, an iterable of
+    batches. missing: `raise`, or `drop` rows with missing values in a used column.
+    Raises ValueError for absent columns, text where numbers are needed, values not finite.
+    """
+    wanted = Wanted((*columns.numbers, *([columns.regimes] if columns.regimes else [])))
+    blocks, _ = tables.open_table(data, wanted)
+    first = 0
+    for raw in blocks:
+        kept = _complete(raw, columns, missing, first, blocks)
+        first += len(raw)
+        if len(kept):
+            yield _rows(kept, columns, first - len(raw))
+
+
+def is_stream(data: Any) -> bool:
+    """Whether data are gone once they are read: an iterator of batches, or an Arrow reader."""
+    return isinstance(data, pa.RecordBatchReader | Iterator)
+
+
+def stacked(parts: Sequence[Rows]) -> Rows:
+    """Rows of several blocks as one."""
+    regimes = [part.regimes for part in parts if part.regimes is not None]
+    return Rows(
+        np.concatenate([part.y for part in parts]),
+        np.concatenate([part.X for part in parts]),
+        np.concatenate(regimes) if regimes else None,
+    )
+
+
+def first_rows(blocks: Iterable[Rows], wanted: int) -> Rows:
+    """The first rows of blocks. Raises ValueError where there are none."""
+    kept: list[Rows] = []
+    for rows in blocks:
+        kept.append(rows)
+        if sum(len(part) for part in kept) >= wanted:
+            break
+    if not kept:
+        raise ValueError("the data have no rows")
+    return stacked(kept).cut(0, wanted)
+
+
+def _complete(
+    raw: pd.DataFrame | pa.RecordBatch,
+    columns: Columns,
+    missing: Missing,
+    first: int,
+    later: Iterator[Any],
+) -> pd.DataFrame | pa.RecordBatch:
+    """The block without its incomplete rows; raises ValueError for them unless told to drop."""
+    if isinstance(raw, pa.RecordBatch) and not any(c.null_count for c in raw.columns):
+        return raw
+    frame = tables.as_frame(raw, {})
+    if missing == "raise":
+        tables.refuse_missing(frame, first, later)
+    return frame[frame.notna().all(axis=1)]
+
+
+def _rows(block: pd.DataFrame | pa.RecordBatch, columns: Columns, first: int) -> Rows:
+    numbers = [_numbers(block, name, first) for name in columns.numbers]
+    X = np.empty((len(block), len(columns.covariates)))
+    for k, column in enumerate(numbers[2:]):
+        X[:, k] = column
+    regimes = None
+    if columns.regimes:
+        regimes = np.asarray(_column(block, columns.regimes))
+    return Rows(np.column_stack(numbers[:2]), X, regimes)
+
+
+def _numbers(block: pd.DataFrame | pa.RecordBatch, name: str, first: int) -> ndarray:
+    column = _column(block, name)
+    try:
+        values = np.asarray(column, dtype=float)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name} does not hold numbers ({column[0]!r} in row {first + 1}): encode it, for "
+            "example as dummies"
+        ) from None
+    if not np.isfinite(values).all():
+        row = int(np.argmin(np.isfinite(values)))
+        raise ValueError(f"{name} is {values[row]} in row {first + row + 1}: drop or mend the row")
+    return values
+
+
+def _column(block: pd.DataFrame | pa.RecordBatch, name: str) -> Sequence[Any] | ndarray:
+    if isinstance(block, pa.RecordBatch):
+        return np.asarray(block.column(name).to_numpy(zero_copy_only=False))
+    return np.asarray(block[name].to_numpy())

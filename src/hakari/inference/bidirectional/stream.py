@@ -1,0 +1,298 @@
+"""Both effects from rows that come once: orthogonal moments, each met by what came before.
+
+A batch is predicted by heads that learned from earlier rows alone; its moments enter the sums;
+then the heads learn from it. At the truth the moments of a batch have mean 0 given the past, so
+that the sums have the law that independent rows would give, without folds. Design note
+bidirectional-effects, section 2.6 B.
+
+The heads learn by w += (N G)⁻¹ φ'(t − φw), with N the rows so far and G the mean of φφ': recursive
+least squares with G known. G is learned from all rows at first and from one batch in `SPARSE`
+later, since its error matters less than that of φ't and costs P times as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+
+from hakari.inference.bidirectional.batch import evidence_of, fit
+from hakari.inference.bidirectional.drift import Monitor
+from hakari.inference.bidirectional.evidence import Assumptions, Evidence
+from hakari.inference.bidirectional.heads import PIECE
+from hakari.inference.bidirectional.nuisance import Nuisance, shocks
+from hakari.inference.bidirectional.rows import Rows
+from hakari.inference.sampling import generator
+
+LEAST, MOST = 1024, 65_536  # rows of a batch that is met with the same heads
+SHARE = 8  # one over the share of the rows so far that the next batch may be
+KNOWN = 256  # rows a feature from which G counts as known
+SPARSE = 8  # batches of which one is added to G then
+AGAIN = 1.2  # growth of G's rows after which its inverse is taken again
+PIECES = 16  # of a window: the oldest is dropped as a whole
+LONGEST = 2048  # points of the path; more are thinned by two
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """How old rows leave. half_life: rows after which a row counts half; window: rows after which
+    it does not count at all, dropped in sixteenths. None: never.
+    """
+
+    half_life: float | None = None
+    window: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("half_life", "window"):
+            value = getattr(self, name)
+            if value is not None and not LEAST <= value < float("inf"):
+                raise ValueError(f"{name} {value!r}: at least {LEAST:,} rows are needed, or None")
+        if self.half_life and self.window:
+            raise ValueError("half_life and window together: give one of them")
+
+    def factor(self, rows: int) -> float:
+        """What is left of the weight of a row after so many."""
+        return 1.0 if self.half_life is None else float(0.5 ** (rows / self.half_life))
+
+    @property
+    def memory(self) -> float:
+        """Rows that count at most."""
+        if self.window is not None:
+            return self.window
+        return float("inf") if self.half_life is None else self.half_life / np.log(2)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What the next row needs.
+
+    nuisance: features, units and the warm-up's heads. heads (P, 4): of both means, then of both
+    log variances. gram (P, P) and gram_rows: φφ' summed and its rows; inverse: of their ratio, at
+    `inverse_rows`. rows: that were read. weight: rows that count. effects: in the nuisance's
+    units. pieces: evidence of parts of the window, the newest last. path (m, 5): rows, a, b and
+    their standard errors, in the data's units.
+    """
+
+    nuisance: Nuisance
+    heads: Float[ndarray, "P 4"]
+    gram: Float[ndarray, "P P"]
+    gram_rows: float
+    inverse: Float[ndarray, "P P"]
+    inverse_rows: float
+    rows: int
+    weight: float
+    batches: int
+    effects: tuple[float, float]
+    pieces: tuple[Evidence, ...]
+    path: Float[ndarray, "m 5"]
+    monitor: Monitor
+
+    @property
+    def evidence(self) -> Evidence:
+        """Of all rows that count."""
+        total = self.pieces[0]
+        for piece in self.pieces[1:]:
+            total = total + piece
+        return total
+
+
+def begin(
+    nuisance: Nuisance, assumptions: Assumptions, rows: Rows, bootstraps: int, seed: int
+) -> Stream:
+    """A stream whose first rows were met by heads of the other folds, as `batch.fit` does."""
+    fitted, evidence = fit(
+        nuisance, assumptions, lambda: iter([rows]), bootstraps, seed, lambda name, done: None
+    )
+    phi = fitted.matrix(rows)
+    heads = [h.coefficients[-1] for h in (fitted.means, fitted.variances) if h is not None]
+    gram, n = _product(phi), float(len(rows))
+    stream = Stream(
+        fitted,
+        np.hstack(heads),
+        gram,
+        n,
+        _inverse(gram, n, fitted),
+        n,
+        len(rows),
+        n,
+        0,
+        fitted.start,
+        (evidence,),
+        np.empty((0, 5)),
+        Monitor.starting(n),
+    )
+    return _looked(stream, assumptions)
+
+
+def advance(
+    stream: Stream,
+    assumptions: Assumptions,
+    forgetting: Forgetting,
+    rows: Rows,
+    bootstraps: int,
+    seed: int,
+) -> Stream:
+    """The stream after some more rows."""
+    for part in _cut(stream, forgetting, rows):
+        stream = _batch(stream, assumptions, forgetting, part, bootstraps, seed)
+    return stream
+
+
+def _batch(
+    stream: Stream,
+    assumptions: Assumptions,
+    forgetting: Forgetting,
+    rows: Rows,
+    bootstraps: int,
+    seed: int,
+) -> Stream:
+    nuisance, n = stream.nuisance, len(rows)
+    phi = nuisance.matrix(rows)
+    predicted = phi @ stream.heads.astype(np.float32)
+    W = nuisance.outcomes(rows) - predicted[:, :2]
+    chance = generator(seed, f"bootstrap of rows {stream.rows}") if bootstraps else None
+    here = replace(nuisance, start=stream.effects)
+    h = None if nuisance.variances is None else predicted[:, 2:].astype(float)
+    new = evidence_of(here, rows, W, h, bootstraps, chance)
+    gap = W if h is None else np.hstack([W, nuisance.log_squares(shocks(W, stream.effects)) - h])
+    monitor = stream.monitor.after(assumptions, stream.evidence.sums, new.sums)
+    stream = _learned(stream, forgetting, phi, gap)
+    stream = replace(
+        stream,
+        pieces=_entered(stream.pieces, new, forgetting),
+        rows=stream.rows + n,
+        batches=stream.batches + 1,
+        monitor=monitor,
+    )
+    return _looked(stream, assumptions)
+
+
+def _learned(
+    stream: Stream, forgetting: Forgetting, phi: Float[ndarray, "n P"], gap: Float[ndarray, "n t"]
+) -> Stream:
+    """The heads after a step towards the rows, and G."""
+    kept = forgetting.factor(len(phi))
+    weight = min(kept * stream.weight + len(phi), max(forgetting.memory, len(phi)))
+    slope = phi.T @ gap.astype(np.float32)
+    heads = stream.heads + stream.inverse @ slope.astype(float) / weight
+    gram, rows = stream.gram, stream.gram_rows
+    if rows < KNOWN * len(gram) or stream.batches % SPARSE == 0:
+        gram, rows = kept * gram + _product(phi), kept * rows + len(phi)
+    stream = replace(stream, heads=heads, gram=gram, gram_rows=rows, weight=weight)
+    if not 1 / AGAIN < rows / stream.inverse_rows < AGAIN:
+        inverse = _inverse(gram, rows, stream.nuisance)
+        stream = replace(stream, inverse=inverse, inverse_rows=rows)
+    return stream
+
+
+def _looked(stream: Stream, assumptions: Assumptions) -> Stream:
+    """The effects from all that counts, for the next batch and the path."""
+    found = assumptions.solve(stream.evidence.sums)
+    a, b = found.estimate
+    point = np.array([[stream.rows, a, b, *found.std_error]])
+    path = np.vstack([stream.path, point])
+    path = path[::2] if len(path) > LONGEST else path
+    ratio = float(stream.nuisance.unit[1] / stream.nuisance.unit[0])
+    effects = (a * ratio, b / ratio) if np.isfinite([a, b]).all() else stream.effects
+    return replace(stream, effects=effects, path=path)
+
+
+def merged(one: Stream, other: Stream, assumptions: Assumptions) -> Stream:
+    """One stream of both: the sums add exactly, so that the estimate is that of the pooled sums.
+
+    It is not the number of a single pass over both, in which the heads would have met each row
+    with more behind them. Heads of the same features and units are averaged by rows; else those
+    of the stream with more rows go on.
+    """
+    first, second = (one, other) if one.weight >= other.weight else (other, one)
+    heads, gram, rows = first.heads, first.gram, first.gram_rows
+    if _alike(first.nuisance, second.nuisance):
+        share = second.weight / (first.weight + second.weight)
+        heads = (1 - share) * first.heads + share * second.heads
+        gram, rows = gram + second.gram, rows + second.gram_rows
+    stream = replace(
+        first,
+        heads=heads,
+        gram=gram,
+        gram_rows=rows,
+        inverse=_inverse(gram, rows, first.nuisance),
+        inverse_rows=rows,
+        rows=one.rows + other.rows,
+        weight=one.weight + other.weight,
+        pieces=(one.evidence + other.evidence,),
+        path=one.path,
+        monitor=one.monitor.beside(other.monitor),
+    )
+    return _looked(stream, assumptions)
+
+
+def as_nuisance(stream: Stream) -> Nuisance:
+    """The warm-up's nuisance with the heads as they are now, for predictions by all rows."""
+    nuisance, at = stream.nuisance, 0
+    out: dict[str, Any] = {"start": stream.effects}
+    for name in ("means", "variances"):
+        heads = getattr(nuisance, name)
+        if heads is not None:
+            part = np.repeat(stream.heads[None, :, at : at + 2], len(heads.coefficients), axis=0)
+            out[name], at = replace(heads, coefficients=part), at + 2
+    return replace(nuisance, **out)
+
+
+# --- parts ------------------------------------------------------------------------------------
+
+
+def _cut(stream: Stream, forgetting: Forgetting, rows: Rows) -> Iterator[Rows]:
+    """Batches no larger than a share of what the heads have learned from."""
+    at, seen = 0, stream.rows
+    room = min(forgetting.memory / SHARE, MOST)
+    while at < len(rows):
+        size = int(max(LEAST, min(seen / SHARE, room)))
+        size = len(rows) - at if len(rows) - at < 2 * size <= 2 * MOST else size
+        yield rows.cut(at, at + size)
+        at, seen = at + size, seen + size
+
+
+def _entered(
+    pieces: tuple[Evidence, ...], new: Evidence, forgetting: Forgetting
+) -> tuple[Evidence, ...]:
+    """The evidence with a batch more, and without what is too old."""
+    if forgetting.window is None:
+        return (pieces[0].scaled(forgetting.factor(new.rows)) + new,)
+    if pieces[-1].rows + new.rows <= forgetting.window / PIECES:
+        pieces = (*pieces[:-1], pieces[-1] + new)
+    else:
+        pieces = (*pieces, new)
+    while len(pieces) > 1 and sum(p.rows for p in pieces[1:]) >= forgetting.window:
+        pieces = pieces[1:]
+    return pieces
+
+
+def _product(phi: Float[ndarray, "n P"]) -> Float[ndarray, "P P"]:
+    """φ'φ, in single precision over at most `PIECE` rows."""
+    out = np.zeros((phi.shape[1], phi.shape[1]))
+    for i in range(0, len(phi), PIECE):
+        part = phi[i : i + PIECE]
+        out += part.T @ part
+    return out
+
+
+def _inverse(gram: ndarray, rows: float, nuisance: Nuisance) -> Float[ndarray, "P P"]:
+    """(G + ridge)⁻¹, with the smallest penalty that the warm-up chose, for the rows it had."""
+    mean = gram / rows
+    size = np.trace(mean) / len(mean)
+    values, vectors = np.linalg.eigh(mean)
+    penalty = 1e-6 * size
+    return np.asarray((vectors / (np.maximum(values, 0.0) + penalty)) @ vectors.T)
+
+
+def _alike(one: Nuisance, other: Nuisance) -> bool:
+    """Whether heads of both are about the same features and units."""
+    same = one.regimes == other.regimes and np.array_equal(one.unit, other.unit)
+    same &= np.array_equal(one.centre, other.centre)
+    if one.basis is None or other.basis is None:
+        return bool(same and one.basis is other.basis)
+    return bool(same and one.basis.to_dict() == other.basis.to_dict())
