@@ -1,6 +1,9 @@
-"""Calibrated inference without a likelihood: quasi-posteriors of moment conditions."""
+"""Calibrated inference without a likelihood: quasi-posteriors, losses, effects that feed back."""
 
 from hakari.inference.anderson_rubin import anderson_rubin
+from hakari.inference.bidirectional.features import Polynomial, RandomFourier
+from hakari.inference.bidirectional.model import BidirectionalEffects
+from hakari.inference.bidirectional.online_steps import OnlineSettings
 from hakari.inference.covariance import Covariance, parse_covariance
 from hakari.inference.diagnostics import convergence_notes, multivariate_ess, summary
 from hakari.inference.gibbs import losses
@@ -25,6 +28,7 @@ from hakari.inference.sampling import sample
 from hakari.inference.weak_prior import weak_prior
 
 __all__ = [
+    "BidirectionalEffects",
     "Calibration",
     "Covariance",
     "Flat",
@@ -36,8 +40,11 @@ __all__ = [
     "LocalProjection",
     "Loss",
     "Normal",
+    "OnlineSettings",
+    "Polynomial",
     "ProjectionPosterior",
     "QuasiPosterior",
+    "RandomFourier",
     "RoughnessPenalty",
     "StudentT",
     "anderson_rubin",

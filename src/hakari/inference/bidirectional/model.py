@@ -15,14 +15,16 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from hakari.inference.bidirectional import batch, saved, stream
+from hakari.inference.bidirectional import batch, cross_fitting, online_qml, saved, stream
 from hakari.inference.bidirectional.drift import Alarm
 from hakari.inference.bidirectional.effects import Effects, Root
 from hakari.inference.bidirectional.evidence import Assumptions, Evidence
 from hakari.inference.bidirectional.features import Features, RandomFourier
 from hakari.inference.bidirectional.identification import Identification, identification
 from hakari.inference.bidirectional.nuisance import FEWEST, Nuisance, warmed_up
-from hakari.inference.bidirectional.orthogonal_moments import Restriction
+from hakari.inference.bidirectional.online_qml import OnlineFit
+from hakari.inference.bidirectional.online_steps import OnlineSettings
+from hakari.inference.bidirectional.orthogonal_moments import Restriction, Solution
 from hakari.inference.bidirectional.rows import (
     Columns,
     Rows,
@@ -31,11 +33,14 @@ from hakari.inference.bidirectional.rows import (
     read,
     stacked,
 )
+from hakari.inference.bidirectional.single_equation import single_equation
 from hakari.inference.bidirectional.stream import Forgetting, Stream
 from hakari.inference.tables import Missing
 
 Covariance = Literal["zero", "constant"]
+Method = Literal["moments", "online-qml", "single-equation"]
 FEATURES = RandomFourier(200)
+ONLINE = OnlineSettings()
 
 
 class BidirectionalEffects:
@@ -46,6 +51,9 @@ class BidirectionalEffects:
     bidirectional-effects).
 
     y1, y2, covariates: names of columns. features: of the covariates, for means and log variances.
+    method: "moments", in closed form; "online-qml", the paper's likelihood by steps of `online`;
+    "single-equation", least squares of each outcome on the other, which feedback biases.
+    regressor: any of scikit-learn's in the place of heads on features, cross-fitted in memory.
     regimes: a column whose values are the regimes of the variances (Rigobon, 2003), instead of
     the covariates. covariance: of the shocks given x, "zero", or "constant" and unknown (Lewbel,
     2012). restrict: "a=0" or "b=0", a triangular system. root: "stable" reports the point with
@@ -69,6 +77,9 @@ class BidirectionalEffects:
         covariates: Sequence[str] = (),
         features: Features = FEATURES,
         *,
+        method: Method = "moments",
+        regressor: Any = None,
+        online: OnlineSettings = ONLINE,
         regimes: str | None = None,
         covariance: Covariance = "zero",
         restrict: Restriction | None = None,
@@ -81,17 +92,15 @@ class BidirectionalEffects:
         seed: int = 0,
     ) -> None:
         self.y1, self.y2, self.covariates, self.features = y1, y2, covariates, features
-        self.regimes, self.covariance, self.restrict, self.root = (
-            regimes,
-            covariance,
-            restrict,
-            root,
-        )
+        self.method, self.regressor, self.online = method, regressor, online
+        self.regimes, self.covariance = regimes, covariance
+        self.restrict, self.root = restrict, root
         self.half_life, self.window, self.warm_up = half_life, window, warm_up
         self.bootstraps, self.missing, self.seed = bootstraps, missing, seed
         self._nuisance: Nuisance | None = None
         self._evidence: Evidence | None = None
         self._stream: Stream | None = None
+        self._online: OnlineFit | None = None
         self._waiting: list[Rows] = []
         self.interrupted = False
 
@@ -112,16 +121,27 @@ class BidirectionalEffects:
             return self._streamed(read(data, columns, self.missing), progress)
         first = first_rows(read(data, columns, self.missing), self.warm_up)
         nuisance = warmed_up(self.features, first, self.covariates)
+
+        def blocks() -> Iterator[Rows]:
+            return read(data, columns, self.missing)
+
         with told(progress) as tell:
-            self._nuisance, self._evidence = batch.fit(
-                nuisance,
-                self._assumptions,
-                lambda: read(data, columns, self.missing),
-                self.bootstraps,
-                self.seed,
-                tell,
-            )
+            self._at_rest(nuisance, blocks, tell)
         return self
+
+    def _at_rest(self, nuisance: Nuisance, blocks: batch.Blocks, tell: batch.Tell) -> None:
+        more = (self.bootstraps, self.seed, tell)
+        if self.method == "online-qml":
+            self._online = online_qml.fit(nuisance, blocks, self.online, *more)
+            self._nuisance, self._evidence = self._online.nuisance, self._online.evidence
+        elif self.regressor is not None:
+            rows = stacked(list(blocks()))
+            self._nuisance = nuisance
+            self._evidence, _ = cross_fitting.fit(
+                nuisance, self.regressor, rows, self._assumptions, *more
+            )
+        else:
+            self._nuisance, self._evidence = batch.fit(nuisance, self._assumptions, blocks, *more)
 
     def partial_fit(self, data: Any) -> BidirectionalEffects:
         """Learn from some more rows, each met by what came before.
@@ -130,6 +150,8 @@ class BidirectionalEffects:
         there. After `fit` on data at rest, raises ValueError.
         """
         columns, _ = self._checked()
+        if self.regressor is not None:
+            raise ValueError("regressor needs all rows in memory: use fit, or features")
         if self._evidence is not None:
             raise ValueError(
                 "fit has read its data five times, which more rows cannot follow: start a new "
@@ -147,10 +169,12 @@ class BidirectionalEffects:
         """
         self._checked()
         mine, theirs = self._identity, other._identity
+        if self._online is not None or other._online is not None:
+            raise ValueError("models of method 'online-qml' do not merge: their steps do not add")
         for name in mine:
             if mine[name] != theirs[name]:
                 raise ValueError(
-                    f"models with {name} {mine[name]!r} and {theirs[name]!r}: no merge"
+                    f"models with {name} {mine[name]!r} and {theirs[name]!r} do not merge"
                 )
         if other._evidence is not None or self._evidence is not None:
             self._evidence = self._summed + other._summed
@@ -174,16 +198,26 @@ class BidirectionalEffects:
         Raises ValueError before there are 1,000 rows.
         """
         evidence = self._summed
-        solution = self._assumptions.solve(evidence.sums)
         return Effects(
             (self.y1, self.y2),
-            solution,
+            self._solution(evidence),
             evidence,
             self._assumptions,
             self.identification(),
             self.root,
             anyway,
+            self.method,
         )
+
+    def _solution(self, evidence: Evidence) -> Solution:
+        """The estimate by the method; sets and tests are those of the moments for all."""
+        found = self._assumptions.solve(evidence.sums)
+        if self._online is not None:
+            return found.moved(self._online.estimate, self._online.covariance)
+        if self.method == "single-equation":
+            alone = single_equation(evidence.sums)
+            return found.moved(alone.estimate, alone.covariance)
+        return found
 
     def identification(self) -> Identification:
         """Whether the variances move apart enough to tell the effects, and the tests."""
@@ -210,6 +244,8 @@ class BidirectionalEffects:
         """Rows that were learned from."""
         if self._evidence is not None:
             return self._evidence.rows
+        if self._online is not None:
+            return self._online.states[0].rows
         waiting = sum(len(rows) for rows in self._waiting)
         return waiting if self._stream is None else self._stream.rows
 
@@ -219,6 +255,8 @@ class BidirectionalEffects:
         self._flushed()
         if self._stream is not None:
             return stream.as_nuisance(self._stream)
+        if self._online is not None:
+            return self._online.nuisance
         if self._nuisance is None:
             raise ValueError("nothing was learned yet: fit first")
         return self._nuisance
@@ -232,6 +270,7 @@ class BidirectionalEffects:
             "nuisance": self._nuisance,
             "evidence": self._evidence,
             "stream": self._stream,
+            "online": self._online,
             "waiting": tuple(self._waiting),
         }
         saved.write(Path(path), state)
@@ -243,6 +282,7 @@ class BidirectionalEffects:
         model = cls(**state["parameters"])
         model._nuisance, model._evidence = state["nuisance"], state["evidence"]
         model._stream, model._waiting = state["stream"], list(state["waiting"])
+        model._online = state["online"]
         return model
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
@@ -265,7 +305,8 @@ class BidirectionalEffects:
     # --- parts --------------------------------------------------------------------------------
 
     def _forget(self) -> None:
-        self._nuisance, self._evidence, self._stream = None, None, None
+        self._nuisance, self._evidence = None, None
+        self._stream, self._online = None, None
         self._waiting, self.interrupted = [], False
 
     def _checked(self) -> tuple[Columns, Forgetting]:
@@ -274,6 +315,7 @@ class BidirectionalEffects:
             ("covariance", ("zero", "constant")),
             ("restrict", (None, "a=0", "b=0")),
             ("root", ("stable", "mirror")),
+            ("method", ("moments", "online-qml", "single-equation")),
             ("missing", ("raise", "drop")),
         ):
             if getattr(self, name) not in known:
@@ -286,6 +328,8 @@ class BidirectionalEffects:
             raise ValueError(
                 f"root 'mirror' with restrict {self.restrict!r}: the mirror is infinite"
             )
+        if self.method == "online-qml":
+            self._plain()
         for name, least in (("warm_up", FEWEST), ("bootstraps", 0), ("seed", 0)):
             value = getattr(self, name)
             if not isinstance(value, int | np.integer) or value < least:
@@ -294,6 +338,16 @@ class BidirectionalEffects:
                 )
         columns = Columns(self.y1, self.y2, tuple(self.covariates), self.regimes)
         return columns, Forgetting(self.half_life, self.window)
+
+    def _plain(self) -> None:
+        """Refuse what the online likelihood is not made for."""
+        for name in ("regimes", "restrict", "regressor", "half_life", "window"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"method 'online-qml' with {name}: use method 'moments'")
+        if self.covariance != "zero":
+            raise ValueError(
+                f"method 'online-qml' with covariance {self.covariance!r}: use 'moments'"
+            )
 
     @property
     def _assumptions(self) -> Assumptions:
@@ -310,6 +364,13 @@ class BidirectionalEffects:
         self._flushed()
         if self._evidence is not None:
             return self._evidence
+        if self._online is not None and self._online.evidence is not None:
+            return self._online.evidence
+        if self._online is not None:
+            raise ValueError(
+                f"the steps have not settled after {self.rows:,} rows: give more rows, or smaller "
+                "batches (online=OnlineSettings(batch=64))"
+            )
         if self._stream is None:
             raise ValueError(
                 f"{self.rows:,} rows so far, and {FEWEST:,} are needed: fit or partial_fit more"
@@ -328,6 +389,10 @@ class BidirectionalEffects:
 
     def _take(self, rows: Rows) -> None:
         """Rows into the stream; the first wait until there are enough to begin with."""
+        if self._online is not None:
+            more = (self.online, self.bootstraps, self.seed)
+            self._online = online_qml.partial(self._online, rows, *more)
+            return
         if self._stream is None:
             self._waiting.append(rows)
             if sum(len(waiting) for waiting in self._waiting) >= self.warm_up:
@@ -346,6 +411,10 @@ class BidirectionalEffects:
         whole = stacked(self._waiting)
         first, rest = whole.cut(0, self.warm_up), whole.cut(self.warm_up, len(whole))
         nuisance = warmed_up(self.features, first, self.covariates)
+        if self.method == "online-qml":
+            self._online, self._waiting = online_qml.start(nuisance, first, self.online), []
+            self._take(whole)
+            return
         begun = stream.begin(nuisance, self._assumptions, first, self.bootstraps, self.seed)
         self._stream, self._waiting = begun, []
         if len(rest):
@@ -353,7 +422,8 @@ class BidirectionalEffects:
 
     def _flushed(self) -> None:
         """Begin with what waits, if an answer is wanted before the warm-up is full."""
-        if self._stream is None and sum(len(rows) for rows in self._waiting) >= FEWEST:
+        started = self._stream is not None or self._online is not None
+        if not started and sum(len(rows) for rows in self._waiting) >= FEWEST:
             self._begin()
 
 

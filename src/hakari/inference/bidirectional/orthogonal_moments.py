@@ -21,7 +21,12 @@ from jaxtyping import Float
 from numpy import ndarray
 from scipy.stats import chi2
 
-from hakari.inference.bidirectional.structure import Roots, effects_jacobian, effects_of
+from hakari.inference.bidirectional.structure import (
+    Roots,
+    effects_jacobian,
+    effects_of,
+    mirror,
+)
 
 Restriction = Literal["a=0", "b=0"]
 ALIKE = 1e-9  # W1² and W2² so near to proportional that sums of doubles keep no digits of V
@@ -50,6 +55,13 @@ class Solution:
         """Standard errors of a and b."""
         first, second = np.sqrt(np.diag(self.covariance))
         return float(first), float(second)
+
+    def moved(self, estimate: tuple[float, float], covariance: Float[ndarray, "2 2"]) -> Solution:
+        """The same moments' tests beside an estimate that another method found."""
+        a, b = estimate
+        other = tuple(float(x) for x in mirror(a, b))
+        roots = Roots(True, a, b, (other[0], other[1]))
+        return replace(self, estimate=estimate, covariance=covariance, roots=roots)
 
 
 @dataclass(frozen=True)

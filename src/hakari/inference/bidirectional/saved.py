@@ -22,6 +22,8 @@ from hakari.inference.bidirectional.features import (
 from hakari.inference.bidirectional.heads import Heads
 from hakari.inference.bidirectional.identification import RatioSums
 from hakari.inference.bidirectional.nuisance import Nuisance
+from hakari.inference.bidirectional.online_qml import OnlineFit
+from hakari.inference.bidirectional.online_steps import Coordinates, OnlineSettings, OnlineState
 from hakari.inference.bidirectional.orthogonal_moments import MomentSums
 from hakari.inference.bidirectional.rows import Rows
 from hakari.inference.bidirectional.stream import Stream
@@ -34,6 +36,10 @@ _KINDS: tuple[type[Any], ...] = (
     MomentSums,
     Monitor,
     Nuisance,
+    Coordinates,
+    OnlineFit,
+    OnlineSettings,
+    OnlineState,
     Polynomial,
     RandomFourier,
     RatioSums,
