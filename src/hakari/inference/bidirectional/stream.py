@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
+from scipy.linalg import cho_factor, cho_solve
 
 from hakari.inference.bidirectional.batch import evidence_of, fit
 from hakari.inference.bidirectional.drift import Monitor
@@ -33,6 +34,7 @@ SHARE = 8  # one over the share of the rows so far that the next batch may be
 KNOWN = 256  # rows a feature from which G counts as known
 SPARSE = 8  # batches of which one is added to G then
 AGAIN = 1.2  # growth of G's rows after which its inverse is taken again
+HAIR = 1e-5  # of G's mean diagonal
 PIECES = 16  # of a window: the oldest is dropped as a whole
 LONGEST = 2048  # points of the path; more are thinned by two
 
@@ -115,7 +117,7 @@ def begin(
         np.hstack(heads),
         gram,
         n,
-        _inverse(gram, n, fitted),
+        _inverse(gram, n),
         n,
         len(rows),
         n,
@@ -184,7 +186,7 @@ def _learned(
         gram, rows = kept * gram + _product(phi), kept * rows + len(phi)
     stream = replace(stream, heads=heads, gram=gram, gram_rows=rows, weight=weight)
     if not 1 / AGAIN < rows / stream.inverse_rows < AGAIN:
-        inverse = _inverse(gram, rows, stream.nuisance)
+        inverse = _inverse(gram, rows)
         stream = replace(stream, inverse=inverse, inverse_rows=rows)
     return stream
 
@@ -219,7 +221,7 @@ def merged(one: Stream, other: Stream, assumptions: Assumptions) -> Stream:
         heads=heads,
         gram=gram,
         gram_rows=rows,
-        inverse=_inverse(gram, rows, first.nuisance),
+        inverse=_inverse(gram, rows),
         inverse_rows=rows,
         rows=one.rows + other.rows,
         weight=one.weight + other.weight,
@@ -280,13 +282,11 @@ def _product(phi: Float[ndarray, "n P"]) -> Float[ndarray, "P P"]:
     return out
 
 
-def _inverse(gram: ndarray, rows: float, nuisance: Nuisance) -> Float[ndarray, "P P"]:
-    """(G + ridge)⁻¹, with the smallest penalty that the warm-up chose, for the rows it had."""
+def _inverse(gram: ndarray, rows: float) -> Float[ndarray, "P P"]:
+    """(G + ridge)⁻¹; the ridge is a hair that keeps features which repeat others apart."""
     mean = gram / rows
-    size = np.trace(mean) / len(mean)
-    values, vectors = np.linalg.eigh(mean)
-    penalty = 1e-6 * size
-    return np.asarray((vectors / (np.maximum(values, 0.0) + penalty)) @ vectors.T)
+    ridge = HAIR * np.trace(mean) / len(mean) * np.eye(len(mean))
+    return np.asarray(cho_solve(cho_factor(mean + ridge), np.eye(len(mean))))
 
 
 def _alike(one: Nuisance, other: Nuisance) -> bool:
