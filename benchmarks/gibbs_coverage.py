@@ -77,7 +77,7 @@ def class_rows(n: int, chance: Generator) -> tuple[ndarray, ndarray]:
 DESIGNS = (
     Design("median regression", hi.losses.quantile(0.5), median_rows, (2.0, 1.0)),
     Design("least squares, uneven errors", hi.losses.squared(), uneven_rows, (1.0, 1.0)),
-    Design("support vector machine", hi.losses.hinge(), class_rows, sizes=(400, 1600)),
+    Design("support vector machine", hi.losses.hinge(), class_rows, sizes=(400,)),
 )
 
 
@@ -206,10 +206,10 @@ def plot(report: Answer, path: Path) -> None:
     """Coverage less the level, a panel a design and size."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    grid = figure.subplots(2, 3, sharex=True, sharey=True)
-    for place, cell in enumerate(report["cells"]):
-        axes = grid[place % 2, place // 2]
+    cells = report["cells"]
+    figure = Figure(figsize=(2.4 * len(cells) + 1, 3.4), layout="constrained")
+    grid = figure.subplots(1, len(cells), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, cell in zip(grid, cells, strict=True):
         error = [2 * cell["error"][f"{c:g}"] for c in LEVELS]
         axes.fill_between(LEVELS, np.negative(error), error, color="0.9")
         colours = {"calibrated": "C3", "learning rate 1": "0.6", "sandwich": "C0"}
@@ -217,8 +217,8 @@ def plot(report: Answer, path: Path) -> None:
             y = np.array([np.array(shares[f"{c:g}"]) - c for c in LEVELS])
             lines = axes.plot(LEVELS, y, "o-", color=colours[kind], markersize=3)
             lines[0].set_label(kind)
-        axes.set_title(f"{cell['design']}, n = {cell['n']}", fontsize=9)
-    grid[0, 0].legend(fontsize=8)
+        axes.set_title(f"{cell['design']}\nn = {cell['n']}", fontsize=8)
+    grid[0].legend(fontsize=7)
     figure.supxlabel("level")
     figure.supylabel("coverage less the level (a line a coefficient)")
     figure.savefig(path, dpi=130)

@@ -10,20 +10,21 @@ from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
-from hakari import __version__, checkpoint_cli, gibbs_cli
+from hakari import __version__, checkpoint_cli, feedback_cli, gibbs_cli
 
 app = App(
     name="hakari",
     version=__version__,
     help="""Weigh evidence without a likelihood: posteriors from moment conditions.
 
-Start with `hakari demo`, then try `hakari iv --help`, `hakari lp --help` or `hakari gibbs --help`
-on your own data.""",
+Start with `hakari demo`, then try `hakari iv --help`, `hakari lp --help`, `hakari gibbs --help` or
+`hakari feedback --help` on your own data.""",
     help_format="markdown",
     suppress_keyboard_interrupt=False,
 )
 app.command(checkpoint_cli.app)
 app.command(gibbs_cli.gibbs)
+app.command(feedback_cli.feedback)
 
 MODEL = Group.create_ordered(
     "Model",
@@ -414,7 +415,8 @@ def demo(*, out: Out = None, json: Json = False) -> int:
 
     Returns to schooling (Card, 1995), with one instrument and with two; what a rise of the
     interest rate does to output, prices and unemployment; food expenditure by income (Engel),
-    median and 0.9 quantile; training of a small language model.
+    median and 0.9 quantile; delays of flights and the time made up in the air, which may cause each
+    other; training of a small language model.
 
     Parameters
     ----------

@@ -22,6 +22,7 @@ CHAPTERS = (  # by address: a half is imported only when its chapter's turn come
     "hakari.inference.card:over_identified",
     "hakari.inference.macro:monetary_policy",
     "hakari.inference.engel:food_and_income",
+    "hakari.inference.bidirectional.flights:delays",
     "hakari.training.chapter:train_tiny",
 )
 

@@ -25,7 +25,7 @@ from hakari.training.config import from_dict, load
 
 from .conftest import hakari
 
-INFERENCE = ["card-nearc4", "card-nearc2-nearc4", "monetary-policy", "engel"]
+INFERENCE = ["card-nearc4", "card-nearc2-nearc4", "monetary-policy", "engel", "flights"]
 CARD = ["Card: one instrument", "Card: two instruments"]
 MACRO = [
     "Monetary policy: responses to a rate rise",
@@ -42,6 +42,14 @@ ENGEL = [
     "The median",
     "The 0.9 quantile",
     "Calibration and draws",
+    "How to repeat",
+]
+FLIGHTS = [
+    "Flights: delay and time made up",
+    "Shocks uncorrelated given schedule and weather",
+    "Shocks correlated, by a constant",
+    "Can the data tell?",
+    "Known effects",
     "How to repeat",
 ]
 TRAINING = ["Training: a mixture of experts", "The run", "Experts", "What it writes"]
@@ -99,6 +107,8 @@ def test_the_run_folder_loads(demo):
     assert hi.load(run / "monetary-policy.nc").attrs["rows"] == 179
     for tau in ("0.5", "0.9"):
         assert hi.load(run / f"engel-{tau}.nc").attrs["rows"] == 235
+    for case in ("zero", "constant", "simulated"):
+        assert (run / f"flights-{case}-effects.csv").is_file()
     policy = read_config(run)["chapters"]["monetary-policy"]
     assert policy["posterior"]["calibrate"] is True
     assert len(policy["posterior"]["learning_rates"]) == 3
@@ -164,7 +174,7 @@ def test_the_report_is_self_contained(report):
     page = Page(text)
     assert page.title.strip() == "hakari demo: each system on real data"
     cards = [h for chapter in CARD for h in (chapter, *SECTIONS)]
-    assert page.headings == cards + MACRO + ENGEL + TRAINING
+    assert page.headings == cards + MACRO + ENGEL + FLIGHTS + TRAINING
     assert all(address.startswith("data:") for address in page.loads)
     assert page.loads.count("data:,") == 1
     assert len([a for a in page.loads if a.startswith("data:image/svg")]) >= 8

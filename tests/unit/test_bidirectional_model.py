@@ -222,7 +222,7 @@ def test_data_that_do_not_fit():
 
 def test_what_may_not_follow_what():
     fitted = model().fit(DATA)
-    with refused("fit has read its data five times"):
+    with refused("fit has read its data more than once"):
         fitted.partial_fit(DATA)
     with refused("models with restrict None and 'b=0' do not merge"):
         fitted.merge(model(restrict="b=0").fit(DATA))

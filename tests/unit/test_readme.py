@@ -114,3 +114,14 @@ def test_checkpoint_figures_are_the_committed_run():
     lost = ("acknowledged saves lost", "damaged checkpoints", "runs that hung")
     assert [faults[name] for name in lost] == [0, 0, 0]
     assert f"{faults['kills']} kills with SIGKILL" in text
+
+
+def test_coverage_of_gibbs_intervals_is_the_committed_run():
+    report = json.loads((ROOT / "benchmarks" / "results" / "gibbs_coverage.json").read_text())
+    assert f"in {report['replications']} simulated samples each" in README
+    for cell in report["cells"]:
+        label = f"| {cell['design']}, {cell['n']} |"
+        row = next(line for line in README.splitlines() if line.startswith(label))
+        for kind in ("calibrated", "learning rate 1", "sandwich"):
+            shares = ", ".join(f"{share:.2f}" for share in cell["coverage"][kind]["0.95"])
+            assert f"| {shares} |" in row

@@ -1,10 +1,10 @@
 """Both effects from data that can be read again: five passes of sums that add.
 
-Warm-up rows fix the features. Then (1) heads of the outcomes' means; (2) heads of the log squares
-of what they leave; (3) first effects, with the inverse variances of (2) as instruments; (4) heads
-of the log variances of the structural shocks at those; (5) the orthogonal moments with their
-inverses, which are the efficient instruments. Rows are always met by heads that did not see their
-fold. Design note bidirectional-effects, sections 2.3 and 2.6 C.
+Rows spread over all of them fix the features. Then (1) heads of the outcomes' means; (2) heads of
+the log squares of what they leave; (3) first effects, with the inverse variances of (2) as
+instruments; (4) heads of the log variances of the structural shocks at those; (5) the orthogonal
+moments with their inverses, which are the efficient instruments. Rows are always met by heads that
+did not see their fold. Design note bidirectional-effects, sections 2.3 and 2.6 C.
 
 A pass gives each block to a worker and adds the sums in the order of the blocks: the result is the
 same for any number of workers, to the bit.

@@ -15,7 +15,7 @@ from hakari.inference.bidirectional.report import (
     cares,
     effects_table,
     feedback_chapter,
-    tests_table,
+    identification_table,
     verdict,
 )
 from hakari.inference.bidirectional.study import MODEL, Findings, Study, find
@@ -77,7 +77,7 @@ def write_tables(found: Findings, folder: Path, prefix: str = "") -> None:
 
 def show(found: Findings, console: Console) -> None:
     """The tables and the sentences, to a terminal."""
-    for table in (effects_table(found), tests_table(found)):
+    for table in (effects_table(found), identification_table(found)):
         console.print(grid(table))
     for sentence in verdict(found):
         console.print(f"• {sentence}")
@@ -154,12 +154,7 @@ def config(found: Findings) -> dict[str, Any]:
     return {
         "command": "feedback",
         "model": asked,
-        "rows": rows
-        | {
-            "data": study.source,
-            "rows": found.model.rows,
-            "streamed": bool(len(found.model.path)) or study.streamed,
-        },
+        "rows": rows | {"data": study.source, "rows": found.model.rows, "streamed": study.streamed},
         "output": {"interrupted": found.interrupted},
         "versions": versions(*PACKAGES),
     }

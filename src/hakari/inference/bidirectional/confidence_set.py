@@ -88,9 +88,7 @@ class ConfidenceSet:
         found = f"{label}: a from {interval_text(self.a)}; b from {interval_text(self.b)}"
         if self.kind != "unbounded":
             return found
-        return (
-            f"{found}; it reaches {' and '.join(self.edges)}, where no effects differ from a mirror"
-        )
+        return f"{found}; it reaches {' and '.join(self.edges)}, where no rule picks a root"
 
 
 def confidence_set(

@@ -33,8 +33,8 @@ class Alarm:
 
     def __str__(self) -> str:
         return (
-            f"the effects changed before row {self.row:,} (false alarms in a whole stream: "
-            f"{self.level:.0%})"
+            f"the effects, or what is held against them, changed before row {self.row:,} (false "
+            f"alarms in a whole stream: {self.level:.0%})"
         )
 
 

@@ -14,7 +14,7 @@ from scipy.stats import norm
 
 from hakari.inference.bidirectional.confidence_set import ConfidenceSet, confidence_set
 from hakari.inference.bidirectional.evidence import Assumptions, Evidence
-from hakari.inference.bidirectional.identification import Identification
+from hakari.inference.bidirectional.identification import Identification, identification
 from hakari.inference.bidirectional.orthogonal_moments import Solution
 from hakari.inference.bidirectional.structure import mirror, multipliers
 
@@ -23,6 +23,31 @@ RULES = {
     "stable": "|ab| < 1: feedback dies out",
     "mirror": "|ab| > 1, as asked: the equations are named the other way round",
 }
+
+
+def judged(evidence: Evidence, assumptions: Assumptions) -> Identification:
+    """`identification` of evidence under assumptions, and whether the rule can pick a root.
+
+    Where the 95 % set reaches |ab| = 1, the point is not told from its mirror: no estimate then.
+    """
+    moments = assumptions.moments(evidence.sums)
+    if assumptions.restrict is not None:
+        return identification(moments, restrict=assumptions.restrict)
+    if assumptions.regimes:  # dummies are not inverse variances, which strength is about
+        found = identification(moments, features=evidence.ratio)
+        found = replace(found, strength=np.nan, least_information=np.nan)
+    else:
+        found = identification(moments, index=evidence.ratio)
+    if not found.identified:
+        return found
+    met = [edge for edge in confidence_set(moments).edges if edge.startswith("ab")]
+    if not met:
+        return found
+    reason = f"the 95% set reaches {' and '.join(met)}: the rule |ab| < 1 does not pick a root"
+    return replace(found, identified=False, reasons=(reason,))
+
+
+Intervals = tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True)
@@ -51,6 +76,8 @@ class Effects:
     @property
     def rule(self) -> str:
         """What picked the root: the data cannot."""
+        if self.method == "single-equation":
+            return "none: each equation alone is biased by the other"
         return RULES[self.root]
 
     @property
@@ -63,7 +90,7 @@ class Effects:
     @property
     def other_root(self) -> tuple[float, float]:
         """The observationally equivalent point, (1/b, 1/a)."""
-        if not self.given:
+        if not self.given or self.method == "single-equation":
             return (np.nan, np.nan)
         return self._points[self.root != "mirror"]
 
@@ -105,6 +132,16 @@ class Effects:
         moments = self.assumptions.moments(self.evidence.sums)
         return confidence_set(moments, level, self.assumptions.restrict)
 
+    def set_intervals(self, level: float = 0.95) -> tuple[Intervals, Intervals]:
+        """Intervals into which the confidence set projects, of a and of b, at the root's side.
+
+        At the mirror a is 1/b of a point with |ab| < 1: an interval that holds 0 turns inside out.
+        """
+        found = self.confidence_set(level)
+        if self.root == "stable":
+            return found.a, found.b
+        return _inverted(found.b), _inverted(found.a)
+
     @cached_property
     def multipliers(self) -> pd.DataFrame:
         """What a shock to each outcome moves after all feedback, with standard errors."""
@@ -141,8 +178,7 @@ class Effects:
     def table(self) -> pd.DataFrame:
         """A row an effect: estimate, standard error, 95 % interval, set's ends, other root."""
         one, two = self.names
-        ends, sets = self.interval(), self.confidence_set()
-        inside = (sets.a, sets.b)
+        ends, inside = self.interval(), self.set_intervals()
         rows = {}
         for j, name in enumerate([f"{two} on {one}", f"{one} on {two}"]):
             low = inside[j][0][0] if inside[j] else np.nan
@@ -158,6 +194,12 @@ class Effects:
             }
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("effect of")
 
+    def plot(self, level: float = 0.95) -> Any:
+        """A matplotlib `Figure`: the confidence set in the plane of both effects, and the roots."""
+        from hakari.inference.bidirectional.effects_plane import effects_plane
+
+        return effects_plane(self, level)
+
     def to_datatree(self) -> Any:
         """The bootstrap draws as a DataTree in ArviZ's schema. Raises ValueError without draws."""
         if not len(self.draws):
@@ -172,14 +214,38 @@ class Effects:
         )
         return xr.DataTree.from_dict({"/posterior": data})
 
+    @property
+    def _about_root(self) -> str:
+        if self.method == "single-equation":
+            return "least squares of each equation alone: biased wherever both effects are there"
+        return f"root: {self.rule}; the other root fits as well"
+
     def __str__(self) -> str:
         one, two = self.names
         lines = [f"{self.evidence.rows:,} rows, method {self.method}"]
         if self.given:
-            columns = ["estimate", "std_error", "lower", "upper", "other_root"]
-            lines += [self.table[columns].to_string(float_format="{:.4g}".format)]
-            lines += [f"root: {self.rule}; the other root fits as well"]
+            columns = ["estimate", "std_error", "lower", "upper"]
+            columns += ["other_root"] if self.method != "single-equation" else []
+            lines += [self.table[columns].to_string(float_format=_digits)]
+            lines += [self._about_root]
         else:
             lines += [f"no point estimate of {two} on {one} and {one} on {two}"]
         lines += [self.confidence_set().text, str(self.identification)]
         return "\n".join(lines)
+
+
+def _digits(value: float) -> str:
+    return f"{value + 0.0:.4g}"  # no minus before a zero
+
+
+def _inverted(intervals: Intervals) -> Intervals:
+    """The values 1/x of x in intervals, in order."""
+    out: list[tuple[float, float]] = []
+    for low, high in intervals:
+        with np.errstate(divide="ignore"):
+            ends = float(np.divide(1.0, high)), float(np.divide(1.0, low))
+        if low < 0 < high:
+            out += [(-np.inf, ends[1]), (ends[0], np.inf)]
+        else:
+            out.append((-np.inf if high == 0 else ends[0], np.inf if low == 0 else ends[1]))
+    return tuple(sorted(out))

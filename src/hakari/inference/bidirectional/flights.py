@@ -165,7 +165,7 @@ def _sections(found: dict[str, Findings], truth: Table) -> list[Section]:
         checks += [Text(f"{title}:"), *identification_blocks(found[key]), *diagnostics(found[key])]
     known = found["simulated"]
     bias = [
-        (label, f"{value - wanted:+.3f}")
+        (f"bias of least squares alone, {label}", f"{value - wanted:+.3f}")
         for label, value, wanted in zip(known.labels, known.alone.estimate, EFFECTS, strict=True)
     ]
     return [

@@ -17,11 +17,20 @@ from numpy import ndarray
 from scipy.optimize import minimize_scalar
 from scipy.stats import chi2, norm
 
-from hakari.inference.bidirectional.orthogonal_moments import MomentSums, Solution
+from hakari.inference.bidirectional.orthogonal_moments import MomentSums, Restriction, Solution
 
 WEAK_F = 10.0  # Staiger and Stock (1997); Stock and Yogo (2005): a 5% test then errs under 15%
 DEPENDENT = 1e-10  # share of the largest eigenvalue below which a feature repeats others
 Test = tuple[float, int, float]  # statistic, degrees of freedom, p-value
+
+
+WANTED = {
+    "constant ratio, features": "small p: the variances' ratio moves",
+    "constant ratio, index": "small p: the variances' ratio moves",
+    "rank of the moments": f"{WEAK_F:g} a degree and more: strong",
+    "a solution exists": "small p: no effects fit",
+    "instruments agree": "small p: the shocks' covariance moves, or effects are not linear",
+}
 
 
 @dataclass(frozen=True)
@@ -92,9 +101,12 @@ class Identification:
     def __str__(self) -> str:
         head = "identified" if self.identified else "not identified: " + "; ".join(self.reasons)
         lines = [
-            f"  {name}: {s:.4g}, df {df}, p {p:.3g}" for name, (s, df, p) in self.tests.items()
+            f"  {name}: {s:.4g}, df {df}, {_p(p)}; {WANTED.get(name, '')}"
+            for name, (s, df, p) in self.tests.items()
         ]
-        return "\n".join([head, *lines, f"  strength E ρ E 1/ρ − 1: {self.strength:.4g}"])
+        if np.isfinite(self.strength):
+            lines.append(f"  strength E ρ E 1/ρ − 1: {self.strength:.4g}; the larger the better")
+        return "\n".join([head, *lines])
 
 
 def identification(
@@ -102,6 +114,7 @@ def identification(
     features: RatioSums | None = None,
     index: RatioSums | None = None,
     level: float = 0.05,
+    restrict: Restriction | None = None,
 ) -> Identification:
     """Is there a point estimate to give? If not, the Anderson-Rubin set is what the data say.
 
@@ -109,16 +122,19 @@ def identification(
     ratio that other folds predict, for one degree of freedom, sharper with many features. level:
     of both tests together (Bonferroni). Identified where one that is given rejects a constant
     ratio, `rank_test` is at least 10 per degree of freedom, and some effects solve the moments.
+    restrict: an effect known to be 0; then the other needs no more than instruments that move with
+    the square of its cause, by the same bound.
     """
-    solution = sums.solve()
+    solution = sums.solve(restrict)
     tests: dict[str, Test] = {}
     if features is not None:
         tests["constant ratio, features"] = ratio_test(features)
     if index is not None:
         tests["constant ratio, index"] = index_test(index)
     varies = [p for _, _, p in tests.values()]
-    tests["rank of the moments"] = rank_test(sums)
-    tests["a solution exists"] = _solvable(solution)
+    tests["rank of the moments"] = rank_test(sums, restrict)
+    if restrict is None:
+        tests["a solution exists"] = _solvable(solution)
     if solution.df:
         tests["instruments agree"] = (solution.j, solution.df, solution.p_value)
     reasons = _reasons(varies, tests["rank of the moments"], solution, level)
@@ -155,7 +171,7 @@ def index_test(sums: RatioSums) -> Test:
     return z, 1, float(norm.sf(z)) if rank else nan
 
 
-def rank_test(sums: MomentSums) -> Test:
+def rank_test(sums: MomentSums, restrict: Restriction | None = None) -> Test:
     """The least n (Gδ)'V(δ)⁻¹(Gδ) over directions δ, G = E[k (W1², W2²)]: has G rank 2?
 
     Chi-square with one degree less than instruments if the rank is 1. It is the robust statistic
@@ -164,6 +180,10 @@ def rank_test(sums: MomentSums) -> Test:
     that is known least (Sanderson and Windmeijer, 2016).
     """
     own = sums.standard
+    if restrict is not None:  # one direction is left, whose mean is to differ from 0
+        alone = np.array([0.0, 0.0, 1.0] if restrict == "b=0" else [0.0, 1.0, 0.0])
+        statistic = float(own.criterion(alone))
+        return statistic, own.rank, float(chi2.sf(statistic, own.rank))
     if own.rank < 2:
         return 0.0, 1, 1.0
     angles = np.linspace(0, pi, 181)
@@ -198,6 +218,10 @@ def variance_strength(sums: MomentSums, a: float, b: float) -> float:
     if not (min(first) > 0 and min(second) > 0):
         return nan
     return float(first[1] * second[0] / (first[0] * second[1]) - 1)
+
+
+def _p(value: float) -> str:
+    return "p < 1e-16" if value < 1e-16 else f"p {value:.2g}"
 
 
 def _reasons(varies: list[float], rank: Test, solution: Solution, level: float) -> tuple[str, ...]:

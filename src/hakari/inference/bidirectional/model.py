@@ -7,6 +7,7 @@ effects -> `Effects` from the sums alone. The conventions are scikit-learn's.
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +18,10 @@ import pandas as pd
 
 from hakari.inference.bidirectional import batch, cross_fitting, online_qml, saved, stream
 from hakari.inference.bidirectional.drift import Alarm
-from hakari.inference.bidirectional.effects import Effects, Root
+from hakari.inference.bidirectional.effects import Effects, Root, judged
 from hakari.inference.bidirectional.evidence import Assumptions, Evidence
 from hakari.inference.bidirectional.features import Features, RandomFourier
-from hakari.inference.bidirectional.identification import Identification, identification
+from hakari.inference.bidirectional.identification import Identification
 from hakari.inference.bidirectional.nuisance import FEWEST, Nuisance, warmed_up
 from hakari.inference.bidirectional.online_qml import OnlineFit
 from hakari.inference.bidirectional.online_steps import OnlineSettings
@@ -28,11 +29,12 @@ from hakari.inference.bidirectional.orthogonal_moments import Restriction, Solut
 from hakari.inference.bidirectional.rows import (
     Columns,
     Rows,
-    first_rows,
     is_stream,
     read,
+    spread_rows,
     stacked,
 )
+from hakari.inference.bidirectional.settings import checked
 from hakari.inference.bidirectional.single_equation import single_equation
 from hakari.inference.bidirectional.stream import Forgetting, Stream
 from hakari.inference.tables import Missing
@@ -58,7 +60,8 @@ class BidirectionalEffects:
     the covariates. covariance: of the shocks given x, "zero", or "constant" and unknown (Lewbel,
     2012). restrict: "a=0" or "b=0", a triangular system. root: "stable" reports the point with
     |ab| < 1, "mirror" the other. half_life, window: rows after which a row of a stream counts
-    half, or not at all. warm_up: rows that fix features and units. bootstraps: of the multiplier
+    half, or not at all. warm_up: rows that fix features and units, spread over data at rest, and
+    the first of a stream. bootstraps: of the multiplier
     bootstrap. missing: "raise", or "drop" rows. seed: of the bootstrap.
 
     >>> rng = np.random.default_rng(1)
@@ -110,7 +113,7 @@ class BidirectionalEffects:
         """Learn from all rows, forgetting what was learned before.
 
         data: a frame, Arrow, a dict of arrays, the path of CSV or Parquet files of any size: read
-        five times, in blocks that run side by side through joblib; the result is the same for any
+        six times, in blocks that run side by side through joblib; the result is the same for any
         number of workers. An iterator of batches or a RecordBatchReader is read once, as by
         `partial_fit`, and so are any data with a half-life or a window. Ctrl-C in a stream keeps
         the rows so far. Raises ValueError for columns, values or settings that do not fit.
@@ -119,7 +122,7 @@ class BidirectionalEffects:
         self._forget()
         if is_stream(data) or forgetting != Forgetting():
             return self._streamed(read(data, columns, self.missing), progress)
-        first = first_rows(read(data, columns, self.missing), self.warm_up)
+        first = spread_rows(read(data, columns, self.missing), self.warm_up)
         nuisance = warmed_up(self.features, first, self.covariates)
 
         def blocks() -> Iterator[Rows]:
@@ -154,7 +157,7 @@ class BidirectionalEffects:
             raise ValueError("regressor needs all rows in memory: use fit, or features")
         if self._evidence is not None:
             raise ValueError(
-                "fit has read its data five times, which more rows cannot follow: start a new "
+                "fit has read its data more than once, which more rows cannot follow: start a new "
                 "model with partial_fit, or fit all of the data"
             )
         for rows in read(data, columns, self.missing):
@@ -168,6 +171,10 @@ class BidirectionalEffects:
         for models of other outcomes or assumptions.
         """
         self._checked()
+        if other is self:
+            raise ValueError("a model does not merge with itself: its rows would count twice")
+        if not other.rows:
+            return self
         mine, theirs = self._identity, other._identity
         if self._online is not None or other._online is not None:
             raise ValueError("models of method 'online-qml' do not merge: their steps do not add")
@@ -221,11 +228,7 @@ class BidirectionalEffects:
 
     def identification(self) -> Identification:
         """Whether the variances move apart enough to tell the effects, and the tests."""
-        evidence, assumptions = self._summed, self._assumptions
-        moments = assumptions.moments(evidence.sums)
-        if assumptions.regimes:
-            return identification(moments, features=evidence.ratio)
-        return identification(moments, index=evidence.ratio)
+        return judged(self._summed, self._assumptions)
 
     @property
     def path(self) -> pd.DataFrame:
@@ -233,6 +236,29 @@ class BidirectionalEffects:
         names = ["rows", "a", "b", "std_error_a", "std_error_b"]
         points = np.empty((0, 5)) if self._stream is None else self._stream.path
         return pd.DataFrame(points, columns=names)
+
+    def plot_path(self) -> Any:
+        """A matplotlib `Figure`: the estimates along the stream with 95 % bands, and an alarm."""
+        from hakari.inference.bidirectional.plots import estimates_path
+
+        return estimates_path(self.path, (self.y1, self.y2), self.alarm)
+
+    def plot_ratio(self, data: Any) -> Any:
+        """A matplotlib `Figure`: log s1²/s2² along the covariate that moves it most, or by regime.
+
+        data: a table whose rows, 2,000 of them, the curve is averaged over.
+        """
+        from hakari.inference.bidirectional.plots import variance_ratio
+        from hakari.inference.bidirectional.variance_ratio import ratio_curves, regime_ratios
+
+        columns, _ = self._checked()
+        sums, at = self._summed.sums, self._solution(self._summed).estimate
+        if self.regimes is not None:
+            curve: Any = regime_ratios(self.nuisance.regimes, sums, at)
+        else:
+            rows = spread_rows(read(data, columns, self.missing), 2000)
+            curve = ratio_curves(self.nuisance, sums, at, rows, columns.covariates)[0]
+        return variance_ratio(curve, (self.y1, self.y2))
 
     @property
     def alarm(self) -> Alarm | None:
@@ -265,6 +291,10 @@ class BidirectionalEffects:
 
     def save(self, path: str | Path) -> None:
         """Write settings and state to one .npz file, from which `load` goes on."""
+        if self.regressor is not None:
+            raise ValueError(
+                "a model with a regressor of scikit-learn is not saved: keep its effects"
+            )
         state = {
             "parameters": self.get_params(),
             "nuisance": self._nuisance,
@@ -310,44 +340,7 @@ class BidirectionalEffects:
         self._waiting, self.interrupted = [], False
 
     def _checked(self) -> tuple[Columns, Forgetting]:
-        """Settings that fit together, or ValueError."""
-        for name, known in (
-            ("covariance", ("zero", "constant")),
-            ("restrict", (None, "a=0", "b=0")),
-            ("root", ("stable", "mirror")),
-            ("method", ("moments", "online-qml", "single-equation")),
-            ("missing", ("raise", "drop")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r}: use one of {known}")
-        if not self.covariates and self.regimes is None:
-            raise ValueError("no covariates and no regimes: variances need something to move with")
-        if isinstance(self.covariates, str):
-            raise ValueError(f"covariates {self.covariates!r}: give a list of names")
-        if self.restrict and self.root == "mirror":
-            raise ValueError(
-                f"root 'mirror' with restrict {self.restrict!r}: the mirror is infinite"
-            )
-        if self.method == "online-qml":
-            self._plain()
-        for name, least in (("warm_up", FEWEST), ("bootstraps", 0), ("seed", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int | np.integer) or value < least:
-                raise ValueError(
-                    f"{name} {value!r}: a whole number of at least {least:,} is needed"
-                )
-        columns = Columns(self.y1, self.y2, tuple(self.covariates), self.regimes)
-        return columns, Forgetting(self.half_life, self.window)
-
-    def _plain(self) -> None:
-        """Refuse what the online likelihood is not made for."""
-        for name in ("regimes", "restrict", "regressor", "half_life", "window"):
-            if getattr(self, name) is not None:
-                raise ValueError(f"method 'online-qml' with {name}: use method 'moments'")
-        if self.covariance != "zero":
-            raise ValueError(
-                f"method 'online-qml' with covariance {self.covariance!r}: use 'moments'"
-            )
+        return checked(self.get_params())
 
     @property
     def _assumptions(self) -> Assumptions:
@@ -435,5 +428,11 @@ def told(progress: bool) -> Iterator[Callable[[str, int], None]]:
         return
     from rich.console import Console
 
+    began: dict[str, float] = {}
     with Console(stderr=True).status("reading") as status:
-        yield lambda name, rows: status.update(f"{name}: {rows:,} rows")
+
+        def say(name: str, rows: int) -> None:
+            seconds = time.perf_counter() - began.setdefault(name, time.perf_counter() - 1e-3)
+            status.update(f"{name}: {rows:,} rows, {rows / seconds:,.0f} a second")
+
+        yield say

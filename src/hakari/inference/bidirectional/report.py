@@ -18,6 +18,11 @@ SHOCKS = {
     "zero": "uncorrelated given the covariates",
     "constant": "correlated, by a covariance that the covariates leave alone",
 }
+METHODS = {
+    "moments": "orthogonal moments, in closed form",
+    "online-qml": "quasi-maximum likelihood by online steps; set and tests by moments",
+    "single-equation": "least squares of each equation alone; set and tests by moments",
+}
 DISAGREE = 0.05  # p-value of Hansen's J under which the reader is warned
 
 
@@ -72,7 +77,7 @@ def multipliers_table(found: Findings) -> Table | None:
     return Table(["", "effect", "std. error"], rows, "After all feedback.")
 
 
-def tests_table(found: Findings) -> Table:
+def identification_table(found: Findings) -> Table:
     """The tests that an answer rests on."""
     rows = [
         [name, number(statistic, 4), str(df), _p(p)]
@@ -95,6 +100,11 @@ def verdict(found: Findings) -> list[str]:
 def cares(found: Findings) -> list[str]:
     """What speaks against the numbers, as sentences."""
     out = []
+    if found.study.method == "single-equation" and found.effects.given:
+        out.append(
+            "These estimates are least squares of each equation alone, which takes feedback for "
+            "effect: a baseline, not an answer. The set is that of the moments."
+        )
     if not found.identification.identified and found.effects.given:
         out.append(
             "The point estimate is shown because it was asked for: the data cannot tell "
@@ -173,6 +183,7 @@ def question(found: Findings) -> list[Block]:
         ("b", f"effect of {study.y1} on {study.y2}"),
         ("variances move with", study.regimes or ", ".join(study.covariates)),
         ("shocks", SHOCKS[study.covariance]),
+        ("method", METHODS[study.method]),
         ("root", found.effects.rule),
     ]
     if study.restrict:
@@ -222,9 +233,9 @@ def identification_blocks(found: Findings) -> list[Block]:
     picture = Picture(
         figure,
         f"Ratio of the shocks' variances along {along}",
-        f"{caption} A ratio that does not move tells the effects from nothing.",
+        f"{caption} Where it does not move, nothing tells the two effects apart.",
     )
-    return [picture, tests_table(found)]
+    return [picture, identification_table(found)]
 
 
 def stream_blocks(found: Findings) -> list[Block]:
@@ -261,8 +272,8 @@ def repeat(found: Findings, command: str) -> list[Block]:
     """The command, seed and versions."""
     installed = ", ".join(f"{name} {version}" for name, version in versions(*PACKAGES).items())
     told = (
-        f"Seed {found.study.seed}; {installed}. The model (.npz), the effects (.csv) and the "
-        "settings (config.toml) lie in this folder."
+        f"Seed {found.study.seed}; {installed}. The effects (.csv) and the settings (config.toml) "
+        "lie in this folder."
     )
     blocks: list[Block] = [Text(command, "code")] if command else []
     return [*blocks, Text(told, "note")]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy import ndarray
 
 from hakari.inference import tables
@@ -29,8 +29,15 @@ class Rows:
 
     def cut(self, start: int, stop: int) -> Rows:
         """Rows from start to before stop."""
-        regimes = None if self.regimes is None else self.regimes[start:stop]
-        return Rows(self.y[start:stop], self.X[start:stop], regimes)
+        return self._at(slice(start, stop))
+
+    def taken(self, rows: Int[ndarray, " m"]) -> Rows:
+        """Rows by number."""
+        return self._at(rows)
+
+    def _at(self, rows: Any) -> Rows:
+        regimes = None if self.regimes is None else self.regimes[rows]
+        return Rows(self.y[rows], self.X[rows], regimes)
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,27 @@ def read(data: Any, columns: Columns, missing: Missing = "raise") -> Iterator[Ro
         first += len(raw)
         if len(kept):
             yield _rows(kept, columns, first - len(raw))
+
+
+def spread_rows(blocks: Iterable[Rows], wanted: int) -> Rows:
+    """Rows spread evenly over all blocks, `wanted` of them or all; how many there are shows.
+
+    Every row is kept, then every second, fourth and so on, whenever there are twice too many.
+    Raises ValueError where there are none.
+    """
+    kept: list[Rows] = []
+    stride, at = 1, 0
+    for rows in blocks:
+        kept.append(rows.taken(np.arange(-at % stride, len(rows), stride)))
+        at += len(rows)
+        while sum(map(len, kept)) > 2 * wanted:
+            whole = stacked(kept)
+            kept, stride = [whole.taken(np.arange(0, len(whole), 2))], 2 * stride
+    if not kept:
+        raise ValueError("the data have no rows")
+    whole = stacked(kept)
+    even = np.linspace(0, len(whole) - 1, min(wanted, len(whole))).round().astype(int)
+    return whole.taken(even)
 
 
 def is_stream(data: Any) -> bool:

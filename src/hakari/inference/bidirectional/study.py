@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -37,8 +37,8 @@ from hakari.run import read_config
 MODEL = "model.npz"  # in the folder of a run
 SAMPLE = 2000  # rows, evenly over the data, that curves are drawn from
 SETTINGS = (  # of the model, by the same names
-    "y1", "y2", "covariates", "regimes", "covariance", "restrict", "root", "half_life", "window",
-    "bootstraps", "missing", "seed",
+    "y1", "y2", "covariates", "method", "regimes", "covariance", "restrict", "root", "half_life",
+    "window", "bootstraps", "missing", "seed",
 )  # fmt: skip
 FREE = ("root", "missing")  # settings that a resumed run may change
 
@@ -62,6 +62,7 @@ class Study:
     features: int = 200
     length_scale: str = "relevance"
     polynomial: int | None = None
+    method: str = "moments"
     covariance: str = "zero"
     restrict: str | None = None
     root: str = "stable"
@@ -205,7 +206,8 @@ def find(
     begun = perf_counter()
     model = _model(study) if resume is None else _resumed(study, resume)
     before, interrupted = model.rows, False
-    if study.streamed or resume is not None:
+    study = study if resume is None else replace(study, one_pass=True)
+    if study.streamed:
         interrupted = _streamed(study, model, progress)
     else:
         model.fit(study.data, progress=progress)

@@ -1,0 +1,59 @@
+"""Settings of a model that fit together, or an error that says which do not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from hakari.inference.bidirectional.features import Polynomial, RandomFourier
+from hakari.inference.bidirectional.nuisance import FEWEST
+from hakari.inference.bidirectional.rows import Columns
+from hakari.inference.bidirectional.stream import Forgetting
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "method": ("moments", "online-qml", "single-equation"),
+    "covariance": ("zero", "constant"),
+    "restrict": (None, "a=0", "b=0"),
+    "root": ("stable", "mirror"),
+    "missing": ("raise", "drop"),
+}
+LEAST = {"warm_up": FEWEST, "bootstraps": 0, "seed": 0}
+
+
+def checked(settings: Mapping[str, Any]) -> tuple[Columns, Forgetting]:
+    """Columns and forgetting of the settings of `BidirectionalEffects`, by name.
+
+    Raises ValueError for settings that are unknown, too small, or do not go together.
+    """
+    for name, known in CHOICES.items():
+        if settings[name] not in known:
+            raise ValueError(f"{name} {settings[name]!r}: use one of {known}")
+    for name, least in LEAST.items():
+        value = settings[name]
+        if not isinstance(value, int | np.integer) or value < least:
+            raise ValueError(f"{name} {value!r}: a whole number of at least {least:,} is needed")
+    features, covariates = settings["features"], settings["covariates"]
+    if not isinstance(features, RandomFourier | Polynomial):
+        raise ValueError(f"features {features!r}: give RandomFourier(...) or Polynomial(...)")
+    if isinstance(covariates, str):
+        raise ValueError(f"covariates {covariates!r}: give a list of names")
+    regimes, restrict = settings["regimes"], settings["restrict"]
+    if not covariates and regimes is None:
+        raise ValueError("no covariates and no regimes: variances need something to move with")
+    if restrict and settings["root"] == "mirror":
+        raise ValueError(f"root 'mirror' with restrict {restrict!r}: the mirror is infinite")
+    if settings["method"] == "online-qml":
+        _refuse_online(settings)
+    columns = Columns(settings["y1"], settings["y2"], tuple(covariates), regimes)
+    return columns, Forgetting(settings["half_life"], settings["window"])
+
+
+def _refuse_online(settings: Mapping[str, Any]) -> None:
+    """What the online likelihood is not made for."""
+    for name in ("regimes", "restrict", "regressor", "half_life", "window"):
+        if settings[name] is not None:
+            raise ValueError(f"method 'online-qml' with {name}: use method 'moments'")
+    if settings["covariance"] != "zero":
+        raise ValueError("method 'online-qml' with covariance 'constant': use method 'moments'")
