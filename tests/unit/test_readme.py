@@ -125,3 +125,20 @@ def test_coverage_of_gibbs_intervals_is_the_committed_run():
         for kind in ("calibrated", "learning rate 1", "sandwich"):
             shares = ", ".join(f"{share:.2f}" for share in cell["coverage"][kind]["0.95"])
             assert f"| {shares} |" in row
+
+
+def test_speed_of_calibration_is_the_committed_run():
+    cells = json.loads((ROOT / "benchmarks" / "results" / "calibration.json").read_text())["cells"]
+    for cell in cells:
+        unit = "" if cell["sigma"] == 2 else f", σ = {cell['sigma']:g}"
+        label = f"| {cell['n']:,}, {cell['d']}{unit} |"
+        row = next(line for line in README.splitlines() if line.startswith(label))
+        best = cell["methods"][cell["auto"]]
+        times = f"{best['ratio']:.0f} | {best['equal']:,.0f}"
+        assert row.endswith(f"| {best['seconds']:.2f} | {times} |")
+        for name in ("gpc", "gpc-wp"):
+            assert f"| {cell['methods'][name]['seconds']:.1f}" in row
+    ratios = [cell["methods"]["gpc-wp"]["ratio"] for cell in cells]
+    assert f"`gpc-wp` is {min(ratios):.1f} to {max(ratios):.1f} times as fast as `gpc`" in README
+    assert sum(cell["replicates"] < 500 for cell in cells) == 3
+    assert "fewer in the three dearest cells" in README
