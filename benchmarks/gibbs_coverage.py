@@ -220,7 +220,7 @@ def plot(report: Answer, path: Path) -> None:
         axes.set_title(f"{cell['design']}\nn = {cell['n']}", fontsize=8)
     grid[0].legend(fontsize=7)
     figure.supxlabel("level")
-    figure.supylabel("coverage less the level (a line a coefficient)")
+    figure.supylabel("coverage less the level", fontsize=10)
     figure.savefig(path, dpi=130)
 
 
