@@ -38,6 +38,7 @@ from rich.console import Console
 from rich.table import Table
 
 import hakari.inference as hi
+from hakari.inference.gibbs.calibration import NoRateError
 
 RESULTS = Path(__file__).parent / "results"
 CELLS = ((100, 1, 2.0), (100, 2, 2.0), (1000, 2, 2.0), (1000, 2, 0.2), (1000, 2, 100.0),
@@ -126,14 +127,17 @@ def measure(n: int, d: int, sigma: float, B: int) -> Answer:
     cell: Answer = {"n": n, "d": d, "sigma": sigma, "replicates": B, "methods": {}}
     for method in methods_of(n, d):
         began = time.perf_counter()
-        found = calibrate(gibbs, method, B)
+        try:
+            found: Any = calibrate(gibbs, method, B)
+        except NoRateError as error:
+            found = error
         seconds = time.perf_counter() - began
         (one,) = found.found
         cell["methods"][method] = {
             "seconds": seconds,
             "evaluations": one.evaluations,
             "simulations": one.simulations,
-            "rate": one.rate,
+            "rate": one.rate,  # NaN where none was found
             "interval": list(one.interval),
             "monte_carlo": one.monte_carlo,
             "lost": float(one.lost.mean()),

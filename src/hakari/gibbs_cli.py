@@ -41,6 +41,7 @@ def gibbs(
     replicates: Annotated[int, Parameter(group=CALIBRATION)] = 500,
     method: Annotated[Method, Parameter(group=CALIBRATION)] = "auto",
     rate: Annotated[float, Parameter(group=CALIBRATION)] = 1.0,
+    cache: Annotated[Path | None, Parameter(group=CALIBRATION)] = None,
     draws: Annotated[int, Parameter(group=SAMPLER)] = 2000,
     chains: Annotated[int, Parameter(group=SAMPLER)] = 4,
     seed: Annotated[int, Parameter(group=SAMPLER)] = 1,
@@ -52,8 +53,8 @@ def gibbs(
 
     Reads a table, finds the learning rate at which credible sets of bootstrap data cover the
     full data's estimate as often as they say, draws from the Gibbs posterior at that rate, and
-    writes a run folder: summary.csv, posterior.nc. The last line printed is the path of its
-    report.html.
+    writes a run folder: summary.csv, posterior.nc, and the evidence of calibration, coverage.csv
+    and ranks.csv. The last line printed is the path of its report.html.
 
     Parameters
     ----------
@@ -91,6 +92,9 @@ def gibbs(
         How the posteriors of those data sets are known; auto picks one and says why.
     rate: float
         Learning rate of the posterior that the calibrated one is compared with.
+    cache: Path
+        Folder, made if there is none, in which losses are kept: an interrupted call, typed again,
+        goes on from there.
     draws: int
         Kept draws of each chain.
     chains: int
@@ -128,5 +132,6 @@ def gibbs(
         chains,
         seed,
         level,
+        cache=None if cache is None else str(cache),
     )
     return answer(study, out, json)

@@ -23,7 +23,7 @@ from hakari.inference.gibbs.study import Study
 
 from .conftest import hakari
 
-FILES = ["config.toml", "posterior.nc", "report.html", "summary.csv"]
+FILES = ["config.toml", "coverage.csv", "posterior.nc", "ranks.csv", "report.html", "summary.csv"]
 ASKED = ["--loss", "quantile:0.5", "--replicates", 200, "--draws", 500, "--level", 0.9]
 FEW = ["--replicates", 200, "--draws", 300, "--chains", 2, "--level", 0.9]
 

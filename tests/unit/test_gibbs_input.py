@@ -72,6 +72,10 @@ def refused(message):
         ),
         (lambda: gibbs(X=np.column_stack([X, X[:, 0]])), "collinear"),
         (lambda: hi.GibbsPosterior(absolute, (Y, X)), "start is missing: for a function"),
+        (lambda: gibbs(losses.quantile), "loss quantile is not made: call it, as hi."),
+        (lambda: gibbs("huber"), "loss huber is not made: call it, as hi.losses.huber()"),
+        (lambda: gibbs("lasso"), "loss 'lasso': give one of hi.losses, such as hi.losses.huber()"),
+        (lambda: gibbs(None), "loss None: give one of hi.losses, such as hi.losses.huber(), or"),
         (
             lambda: any_function(lambda t, z: abs(z[0] - z[1] @ t).sum()),
             "gave (1,): it must return (n,) for theta (d,)",
@@ -82,7 +86,11 @@ def refused(message):
         ),
         (
             lambda: any_function(lambda t, z: np.where(z[0] == Y[2], np.nan, 1)),
-            "is nan in row 3 at theta [0. 0.]: it must be finite everywhere",
+            "is nan in row 3 at theta [0. 0.]: is it outside the loss's domain?",
+        ),
+        (
+            lambda: any_function(lambda t, z: np.where(z[0] == Y[2], np.inf, 1)),
+            "is inf in row 3 at start [0. 0.]: start inside its domain; if it overflows, write it",
         ),
         (
             lambda: any_function(hi.Loss(absolute, lambda t, z: z[1][0])).risk.scores(np.zeros(2)),
@@ -107,6 +115,10 @@ def test_formulas():
     frame = pd.DataFrame({"y": Y, "x": X[:, 1], "z": Y})
     with refused("has instruments: a loss of y and x has none"):
         hi.GibbsPosterior.from_formula(losses.squared(), "y ~ 1 + [x ~ z]", frame)
+    with refused("start is missing: for a function give start"):
+        hi.GibbsPosterior.from_formula(absolute, "y ~ 1 + x", frame)
+    with refused("t is text or a category: a y of numbers is needed"):
+        hi.GibbsPosterior.from_formula(losses.squared(), "t ~ 1 + x", frame.assign(t="a"))
     with refused("no column 'w' in the data"):
         hi.GibbsPosterior.from_formula(losses.squared(), "y ~ 1 + w", frame)
 
@@ -178,11 +190,13 @@ def test_jumps():
         ({"method": "mcmc"}, "method 'mcmc' is unknown: use one of auto, cloud, shift, gpc"),
         ({"replicates": 10}, "replicates 10: at least 200 data sets are needed for level 0.95"),
         ({"replicates": 500, "level": 0.99}, "replicates 500: at least 1000 data sets"),
-        ({"replicates": 500.0}, "replicates 500.0: at least 200"),
+        ({"replicates": 500.0}, "replicates 500.0: a whole number is needed"),
         ({"seed": -1}, "seed -1: a whole number of at least 0"),
         ({"seed": 1.5}, "seed 1.5: a whole number of at least 0"),
-        ({"particles": 1000}, "particles 1000: a power of 2 of at least 256"),
+        ({"particles": 1000}, "particles 1000: a power of 2 of at least 256 is needed by auto"),
         ({"particles": 128}, "particles 128: a power of 2 of at least 256"),
+        ({"particles": 200, "method": "gpc"}, "particles 200: at least 256"),
+        ({"particles": 512.5, "method": "gpc"}, "particles 512.5: at least 256"),
         ({"region": "box"}, "region 'box' is unknown: use marginal, ellipse, hpd, or a function"),
         ({"coefficients": ["x"]}, "no coefficient 'x': there are theta[0], theta[1]"),
         (
@@ -197,7 +211,19 @@ def test_jumps():
         ({"m": 61, "bootstrap": "m-out-of-n"}, "m=61: give a number of rows from 1 to 60"),
         (
             {"region": lambda theta: theta},
-            "the function of theta gave (2, 2) for theta (2, 2): it must take (..., d) and return",
+            "the function of theta gave (3, 2, 2) for theta (3, 2, 2): it must take (..., d) and",
+        ),
+        (
+            {"region": lambda theta: theta[1]},
+            "the function of theta gave (2, 2) for theta (3, 2, 2): it must take (..., d) and",
+        ),
+        (
+            {"region": lambda theta: theta[7]},
+            "the function of theta failed for theta (3, 2, 2) (index 7 is out of bounds",
+        ),
+        (
+            {"region": lambda theta: theta[..., 0] * np.nan},
+            "the function of theta is nan at the minimiser",
         ),
         (
             {"region": lambda theta: 0 * theta[..., 0]},

@@ -30,7 +30,7 @@ def theta(result):
 @pytest.mark.parametrize("method", METHODS)
 def test_same_seed_same_draws_whatever_the_workers_and_blocks(posterior, method, monkeypatch):
     first = hi.sample(posterior, method, draws=300, chains=3, seed=5)
-    monkeypatch.setattr(sampling, "_workers", lambda groups: 1)
+    monkeypatch.setattr(sampling, "workers", lambda groups: 1)
     monkeypatch.setattr(sampling, "SUB_BLOCK", 77)
     again = hi.sample(posterior, method, draws=300, chains=3, seed=5)
     np.testing.assert_array_equal(theta(first), theta(again))
@@ -75,7 +75,7 @@ def test_interrupted_run_keeps_its_draws_and_goes_on(posterior, monkeypatch, tmp
         return honest(*arguments)
 
     monkeypatch.setattr(sampling, "advance", impatient)
-    monkeypatch.setattr(sampling, "_workers", lambda groups: 1)
+    monkeypatch.setattr(sampling, "workers", lambda groups: 1)
     part = hi.sample(posterior, "mh", draws=6000, chains=2, seed=9)
     assert part.attrs["interrupted"] == 1
     assert theta(part).shape == (2, 2000, 3)

@@ -30,6 +30,7 @@ from hakari.inference.projection_sampling import METHODS as PROJECTION_METHODS
 from hakari.inference.projection_sampling import Chain, PathDraws, begin
 from hakari.inference.projection_sampling import advance as step
 from hakari.inference.result import Draws, Plan, read_positions, to_datatree
+from hakari.inference.workers import workers
 
 Method = Literal[
     "auto", "mh", "da", "da-exact", "da-approx", "independence", "preconditioned", "concentrated",
@@ -300,7 +301,7 @@ def _start(
         return [Group(latent, np.full((1, 1), rho), np.empty((0, 0)), tuple(streams))]
     work = joblib.delayed(_start_one)
     jobs = (work(target, plan, s, warmup) for s in streams)
-    return list(joblib.Parallel(n_jobs=_workers(len(streams)), prefer="threads")(jobs))
+    return list(joblib.Parallel(n_jobs=workers(len(streams)), prefer="threads")(jobs))
 
 
 def _start_one(target: Target, plan: Plan, streams: dict[str, Generator], warmup: int) -> Group:
@@ -350,7 +351,7 @@ def _draw(
     parts: list[list[Draws]] = []
     done, interrupted = 0, False
     block = min(draws, 2000)
-    jobs = _workers(len(groups))
+    jobs = workers(len(groups))
     with (
         _bar(progress, draws, plan.method) as tick,
         joblib.Parallel(jobs, prefer="threads") as pool,
@@ -475,10 +476,6 @@ def _advance_preconditioned(
     )
     outcome = np.where(accepted, ACCEPTED, REJECTED).astype(np.int8)
     return replace(group, point=latent), Draws(u.swapaxes(0, 1).copy(), density.T, outcome.T)
-
-
-def _workers(groups: int) -> int:
-    return max(1, min(groups, int(joblib.effective_n_jobs(-1))))
 
 
 @contextmanager

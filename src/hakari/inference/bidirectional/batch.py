@@ -30,6 +30,7 @@ from hakari.inference.bidirectional.identification import RatioSums
 from hakari.inference.bidirectional.nuisance import FOLDS, Nuisance, left_out, shocks
 from hakari.inference.bidirectional.rows import Rows
 from hakari.inference.sampling import generator
+from hakari.inference.workers import workers
 
 T = TypeVar("T")
 Blocks = Callable[[], Iterator[Rows]]
@@ -120,7 +121,7 @@ def _reduced(blocks: Blocks, tell: Tell, name: str, work: Callable[[Rows, int], 
     """The sum over blocks, in their order; blocks run side by side through joblib."""
     total: Any = None
     done = 0
-    pool = joblib.Parallel(n_jobs=-1, prefer="threads", return_as="generator")
+    pool = joblib.Parallel(n_jobs=workers(), prefer="threads", return_as="generator")
     with threadpool_limits(1, user_api="blas"):
         jobs = (joblib.delayed(_counted)(work, rows, k) for k, rows in enumerate(blocks()))
         for part, rows in pool(jobs):

@@ -11,25 +11,31 @@ import xarray as xr
 from jaxtyping import Float
 from numpy import ndarray
 
+from hakari.inference.gibbs.calibration import Calibration
 from hakari.inference.gibbs.posterior import GibbsPosterior
+from hakari.inference.gibbs.rival_intervals import sandwich_under
 
 
 def sandwich_adjusted(
-    result: xr.DataTree, posterior: GibbsPosterior, spread: Float[ndarray, "d d"] | None = None
+    result: xr.DataTree,
+    of: Calibration | GibbsPosterior,
+    spread: Float[ndarray, "d d"] | None = None,
 ) -> xr.DataTree:
     """The result with its draws moved around θ̂; other groups stay as they are.
 
-    spread (d, d): covariance of the minimiser, such as a bootstrap's; default J⁻¹ K J⁻¹. The
-    posterior's own covariance is that of the draws. Raises ValueError for another posterior's
-    draws.
+    of: the calibration, whose bootstrap says how scores vary in J⁻¹ K J⁻¹; or a posterior, whose
+    rows count as independent, or its clusters if it has them. spread (d, d): another covariance of
+    the minimiser. The posterior's own covariance is that of the draws.
+    Raises ValueError for another posterior's draws, and for a loss that jumps without a spread.
     """
+    posterior = of.posterior if isinstance(of, Calibration) else of
     theta: ndarray = result["posterior"].dataset["theta"].values
     if theta.shape[-1] != len(posterior.parameters):
         raise ValueError(
             f"the draws have {theta.shape[-1]} coefficients and the posterior "
             f"{len(posterior.parameters)}"
         )
-    wanted = posterior.sandwich.covariance if spread is None else spread
+    wanted = _spread(of) if spread is None else spread
     own = np.cov(theta.reshape(-1, theta.shape[-1]).T).reshape(wanted.shape)
     moved = posterior.minimiser + (theta - posterior.minimiser) @ transport(own, wanted).T
     out = result.copy()
@@ -37,6 +43,18 @@ def sandwich_adjusted(
     dataset["theta"] = (dataset["theta"].dims, moved)
     out["posterior"] = xr.DataTree(dataset)
     return out
+
+
+def _spread(of: Calibration | GibbsPosterior) -> Float[ndarray, "d d"]:
+    if isinstance(of, GibbsPosterior):
+        scheme = "multinomial" if of.clusters is None else "cluster"
+        return sandwich_under(of, scheme).covariance
+    if of.sandwich is None:
+        raise ValueError(
+            f"loss {of.posterior.risk.loss.name!r} jumps, so that J⁻¹ K J⁻¹ does not describe its "
+            "minimiser: give spread=, the covariance (d, d) of minimisers by another route"
+        )
+    return of.sandwich.covariance
 
 
 def transport(own: Float[ndarray, "d d"], wanted: Float[ndarray, "d d"]) -> Float[ndarray, "d d"]:

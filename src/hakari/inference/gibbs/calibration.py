@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from jaxtyping import Float
 from numpy import ndarray
 from scipy.stats import binom
 
+from hakari.inference.diagnostics import draws_of
 from hakari.inference.gibbs import cloud as clouds
 from hakari.inference.gibbs.bootstrap import Scheme, check_scheme, default_m, draw_weights
 from hakari.inference.gibbs.cached_losses import cache_for
@@ -29,21 +31,36 @@ from hakari.inference.gibbs.importance import (
     Found,
     Problem,
     calibrate_regions,
+    conflicts,
     default_particles,
+    notes,
+    shortfall,
+    sound,
+    worst,
 )
 from hakari.inference.gibbs.losses import Loss
 from hakari.inference.gibbs.posterior import GibbsPosterior
-from hakari.inference.gibbs.propriety import refuse_bounded
-from hakari.inference.gibbs.regions import Region, regions_of
-from hakari.inference.gibbs.sandwich import CubeRootError
-from hakari.inference.sampling import generator
+from hakari.inference.gibbs.propriety import refuse_bounded, refuse_without_growth
+from hakari.inference.gibbs.regions import Region, check_functions, regions_of
+from hakari.inference.gibbs.risk import LinearRisk
+from hakari.inference.gibbs.rival_intervals import sandwich_under
+from hakari.inference.gibbs.sandwich import CubeRootError, Sandwich
+from hakari.inference.gibbs.target import free_positions, target_of
+from hakari.inference.sampling import generator, sample
 
 Method = Literal["auto", "cloud", "shift", "gpc", "gpc-wp", "gpc-smc"]
 METHODS = ("auto", "cloud", "shift", "gpc", "gpc-wp", "gpc-smc")
 CLOUD_UP_TO = 5  # coefficients
-BEYOND = 0.05  # share of data sets whose particles may fail before `auto` simulates
-SPREAD = 1.5  # ratio of directions' rates from which no single one is said to calibrate
+POWERS_OF_2 = ("auto", "cloud", "shift")  # methods whose particles are points of Sobol
 Solver = Callable[[Problem, Sequence[Region], float, Callable[[str], None]], list[Found]]
+
+
+class NoRateError(ValueError):
+    """No learning rate calibrates any region. found: what was tried, one a region."""
+
+    def __init__(self, message: str, found: tuple[Found, ...]) -> None:
+        super().__init__(message)
+        self.found = found
 
 
 @dataclass(frozen=True)
@@ -51,9 +68,11 @@ class Calibration:
     """A calibrated learning rate, and what speaks for and against it.
 
     posterior: the Gibbs posterior at `learning_rate`, the smallest of the regions' rates, so that
-    every region covers at least at the level. found: one a region, each at its own rate.
+    every region that has one covers at least at the level. found: one a region, each at its own
+    rate, NaN where none was found.
     why: of the method. spectrum: eigenvalues of J^(−1/2) K J^(−1/2), one over the large-sample
     rate of each direction; empty for losses that jump. notes: what to know before trusting it.
+    sandwich: J, and K as the bootstrap has it; None for losses that jump.
     """
 
     posterior: GibbsPosterior
@@ -65,6 +84,7 @@ class Calibration:
     spectrum: Float[ndarray, " d"]
     seconds: float
     notes: tuple[str, ...] = field(default=())
+    sandwich: Sandwich | None = None
 
     @property
     def learning_rate(self) -> float:
@@ -74,7 +94,7 @@ class Calibration:
     @property
     def interval(self) -> tuple[float, float]:
         """90 % interval of the learning rate: bootstrap and Monte Carlo error together."""
-        return min(self.found, key=lambda each: each.rate).interval
+        return min((f for f in self.found if f.solved), key=lambda each: each.rate).interval
 
     @property
     def rates(self) -> pd.DataFrame:
@@ -97,15 +117,43 @@ class Calibration:
     def coverage_curve(self) -> pd.DataFrame:
         """Share of data sets whose region covers θ̂, at every level, each region at its own rate.
 
-        `lower`, `upper`: where 95 % of such shares fall if the levels are right.
+        Regions without a rate are left out. `lower`, `upper`: where 95 % of such shares fall if
+        the levels are right.
         """
         levels = np.linspace(0.01, 0.99, 99)
         frame = pd.DataFrame({"level": levels})
-        for f in self.found:
+        for f in (f for f in self.found if f.solved):
             frame[f.region.label] = [(f.ranks <= c).mean() for c in levels]
         B = len(self.found[0].ranks)
         frame["lower"], frame["upper"] = (binom.ppf(q, B, levels) / B for q in (0.025, 0.975))
         return frame
+
+    @cached_property
+    def rival_rates(self) -> dict[str, float]:
+        """Rates by rules that do not aim at coverage; NaN where one does not apply."""
+        from hakari.inference.gibbs.rival_rates import rival_rates
+
+        return rival_rates(self.posterior)
+
+    def intervals(self, draws: int = 2000, seed: int = 0) -> pd.DataFrame:
+        """A row a region: estimate, rate, and the equal-tailed interval at that rate and `level`.
+
+        Sampled as by `hi.sample(cal.posterior.at_rate(rate))`. draws: of each of 4 chains.
+        Raises ValueError for `ellipse` and `hpd`: sets of all coefficients, not intervals.
+        """
+        rows = {}
+        for f in self.found:
+            if f.region.kind in ("ellipse", "hpd"):
+                raise ValueError(f"region {f.region.kind!r} is no interval: use region='marginal'")
+            ends = np.full(2, np.nan)
+            if f.solved:
+                result = sample(self.posterior.at_rate(f.rate), draws=draws, seed=seed)
+                tails = [(1 - self.level) / 2, (1 + self.level) / 2]
+                ends = np.quantile(f.region.values(draws_of(result)), tails)
+            estimate = float(f.region.values(self.posterior.minimiser))
+            rows[f.region.label] = (estimate, f.rate, *ends)
+        columns = ["estimate", "rate", "lower", "upper"]
+        return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
     def plot(self) -> Any:
         """A matplotlib `Figure`: the coverage curve, and the credibility ranks."""
@@ -154,14 +202,15 @@ def calibrate(
     replicates: data sets; the rate's standard error is about 8.5 % with 500 (note, section 1.7).
     method: `cloud` and `shift` (importance sampling: one set of particles, or one a data set),
     `gpc`, `gpc-wp`, `gpc-smc` (posterior simulation), or `auto`, which says why in `why`.
-    particles: of the cloud, or of each data set; a power of 2 for `cloud` and `shift`.
+    particles: of the cloud, or of each data set; a power of 2 for `auto`, `cloud` and `shift`.
     start: the rate at which `gpc` and `gpc-wp` begin (0.5 in the papers, whose steps are twice as
     long); the large-sample rate unless given.
     cache: folder in which losses are kept, so that an interrupted call goes on from there.
     seed: the same result for the same seed, whatever the workers. progress: a line on stderr.
 
-    Raises ValueError for settings that do not fit, CubeRootError for a loss that jumps unless
-    bootstrap is 'm-out-of-n' (then the rate is scaled to n rows by (m/n)^(1/3)).
+    Raises ValueError for settings that do not fit and losses without a posterior, NoRateError
+    where no rate calibrates any region, as under a prior far from θ̂, and CubeRootError for a loss
+    that jumps unless bootstrap is 'm-out-of-n' (then the rate is scaled to n rows by (m/n)^(1/3)).
 
     >>> import hakari.inference as hi
     >>> y = np.random.default_rng(1).standard_normal(100) * 2
@@ -177,6 +226,7 @@ def calibrate(
     _check_start(start, method)
     check_scheme(bootstrap, n, clusters, block, m)
     refuse_bounded(posterior)
+    check_functions(regions, posterior.minimiser)
     jumps = _jumps(posterior, bootstrap)
     chosen, why = _chosen(method, d, jumps)
     chance = generator(seed, "bootstrap")
@@ -194,16 +244,24 @@ def calibrate(
     )
     with told(progress) as tell:
         found = tuple(_solver(chosen)(problem, regions, level, tell))
-        if method == "auto" and not _sound(found):
-            chosen, why = "gpc-wp", f"{chosen} does not reach these posteriors ({_worst(found)})"
+        open_ones = [f for f in found if not conflicts(f, posterior, level)]
+        if method == "auto" and not sound(open_ones):
+            why = f"{chosen} does not reach these posteriors ({worst(open_ones)})"
+            chosen = "gpc-wp"
             problem = replace(problem, method=chosen, particles=default_particles(chosen, d))
-            found = tuple(_solver(chosen)(problem, regions, level, tell))
+            again = _solver(chosen)(problem, [f.region for f in open_ones], level, tell)
+            found = tuple({f.region: f for f in (*found, *again)}.values())
+    lacking = tuple(shortfall(f, posterior, level) for f in found if not f.solved)
+    if len(lacking) == len(found):
+        raise NoRateError("; ".join(lacking), found)
+    found = tuple(f if f.solved else f.without_rate() for f in found)
     if jumps:
         size = (m or default_m(n)) / n
         found = tuple(f.scaled(size ** (1 / 3)) for f in found)
-    spectrum = np.empty(0) if jumps else posterior.sandwich.spectrum
+    sandwich = None if jumps else sandwich_under(posterior, bootstrap, block)
+    spectrum = np.empty(0) if sandwich is None else sandwich.spectrum
     return Calibration(
-        posterior.at_rate(min(f.rate for f in found)),
+        posterior.at_rate(min(f.rate for f in found if f.solved)),
         level,
         bootstrap,
         chosen,
@@ -211,7 +269,8 @@ def calibrate(
         found,
         spectrum,
         time.perf_counter() - began,
-        tuple(_notes(found, spectrum, replicates, level)),
+        (*lacking, *notes(posterior, found, bootstrap, spectrum)),
+        sandwich,
     )
 
 
@@ -224,14 +283,21 @@ def _check(level: float, replicates: int, method: str, particles: int | None, se
     if method not in METHODS:
         raise ValueError(f"method {method!r} is unknown: use one of {', '.join(METHODS)}")
     needed = max(50, int(np.ceil(10 / min(level, 1 - level) - 1e-9)))
-    if not isinstance(replicates, int | np.integer) or replicates < needed:
+    if not isinstance(replicates, int | np.integer):
+        raise ValueError(f"replicates {replicates!r}: a whole number is needed")
+    if replicates < needed:
         raise ValueError(
             f"replicates {replicates!r}: at least {needed} data sets are needed for level {level:g}"
         )
     if not isinstance(seed, int | np.integer) or seed < 0:
         raise ValueError(f"seed {seed!r}: a whole number of at least 0 is needed")
-    if particles is not None and (particles < 256 or particles & (particles - 1)):
-        raise ValueError(f"particles {particles!r}: a power of 2 of at least 256 is needed")
+    if particles is None:
+        return
+    power = method in POWERS_OF_2
+    whole = isinstance(particles, int | np.integer) and particles >= 256
+    if not whole or (power and particles & (particles - 1)):
+        kind = f"a power of 2 of at least 256 is needed by {method}" if power else "at least 256"
+        raise ValueError(f"particles {particles!r}: {kind}")
 
 
 def _check_start(start: float | None, method: str) -> None:
@@ -255,13 +321,14 @@ def _jumps(posterior: GibbsPosterior, bootstrap: str) -> bool:
             "or smooth the loss"
         )
     _ = posterior.sandwich
+    if not isinstance(posterior.risk, LinearRisk) and free_positions(posterior):
+        refuse_without_growth(target_of(posterior))
     return False
 
 
 def _refuse_flat(posterior: GibbsPosterior) -> None:
     """Losses that jump are bounded: a flat prior would leave no posterior to calibrate."""
-    closed = {k for block in posterior.blocks for k in block.positions}
-    free = [name for k, name in enumerate(posterior.parameters) if k not in closed]
+    free = [posterior.parameters[k] for k in free_positions(posterior)]
     if free:
         raise ValueError(
             f"loss {posterior.risk.loss.name!r} jumps and is bounded: under a flat prior on "
@@ -293,47 +360,6 @@ def _solver(method: str) -> Solver:
 
     solver: Solver = gpc.SOLVERS[method]
     return solver
-
-
-def _failed(found: Found) -> float:
-    """Share of data sets whose particles do not reach."""
-    return float(found.lost.mean())
-
-
-def _sound(found: Sequence[Found]) -> bool:
-    return all(f.solved and _failed(f) <= BEYOND for f in found)
-
-
-def _worst(found: Sequence[Found]) -> str:
-    worst = max(found, key=lambda f: (not f.solved, _failed(f)))
-    if not worst.solved:
-        return f"no rate was found for {worst.region.label}"
-    return f"{_failed(worst):.0%} of the data sets for {worst.region.label}"
-
-
-def _notes(
-    found: Sequence[Found], spectrum: ndarray, replicates: int, level: float
-) -> Iterator[str]:
-    for f in found:
-        if not f.solved:
-            yield f"{f.region.label}: no rate was found at which {level:.0%} sets cover"
-        elif _failed(f) > 0:
-            yield (
-                f"{f.region.label}: the particles of {_failed(f):.1%} of the data sets do not "
-                "reach (k-hat or effective size); method='gpc' simulates them instead"
-            )
-    if len(spectrum) > 1 and spectrum.max() > SPREAD * spectrum.min():
-        yield (
-            f"no single rate calibrates all directions: in large samples their rates run from "
-            f"{1 / spectrum.max():.3g} to {1 / spectrum.min():.3g}; sandwich_adjusted(draws, "
-            "posterior) gives each its own"
-        )
-    width = max(np.log(f.interval[1] / f.interval[0]) for f in found)
-    if width > np.log(1.6):
-        yield (
-            f"the rate is known within a factor of {np.exp(width):.2f} (90% interval): give more "
-            f"replicates than {replicates}"
-        )
 
 
 @contextmanager

@@ -21,11 +21,15 @@ from scipy.stats import qmc
 from hakari.inference.gibbs.cached_losses import Cache, digest
 from hakari.inference.gibbs.particles import Particles
 from hakari.inference.gibbs.posterior import GibbsPosterior
+from hakari.inference.gibbs.risk import LinearRisk
+from hakari.inference.workers import workers
 
 WIDTH = {1: 5.3, 2: 4.4, 3: 4.0, 5: 3.6, 10: 3.2}  # variance of the cloud over the posterior's
 BLOCK = 2**25  # losses of single rows that are held at once: 128 MB
 BATCHES = 4  # of particles, each a sample of its own
-JOB = 16  # data sets in one task of a worker
+JOB = 16  # data sets in one task of a worker, at most
+SECOND = 2**28  # losses of single rows that a compiled loss takes in a second or less
+POINTS = 64  # θ at which a custom function is called before what it gave is kept
 
 
 @dataclass(frozen=True)
@@ -78,10 +82,13 @@ def cloud(
     spread = covariance + (width - 1) * centres.spread
     offsets, log_proposal = student(noise, np.linalg.cholesky(spread), degrees(d))
     theta = mean + offsets
-    step = max(64, BLOCK // posterior.risk.n)
+    step = max(POINTS, BLOCK // posterior.risk.n)
     name = digest("cloud", theta)
     parts = [
-        cache.kept(f"{name} {i}", partial(_products, posterior, weights, theta[i : i + step]))
+        cache.kept(
+            f"{name} {i}",
+            partial(_products, posterior, weights, theta[i : i + step], cache, f"{name} {i}"),
+        )
         for i in range(0, len(theta), step)
     ]
     return Particles(
@@ -105,11 +112,12 @@ def shift(
     """Particles around each data set's own centre, all with the same offsets."""
     offsets, log_proposal = student(noise, np.linalg.cholesky(covariance), degrees(len(covariance)))
     theta = centres[:, None] + offsets
-    jobs = [slice(i, i + JOB) for i in range(0, len(weights), JOB)]
+    jobs = tasks(posterior, len(weights), len(offsets))
     name = digest("shift", offsets)
-    parts = joblib.Parallel(n_jobs=_workers(len(jobs)), prefer="threads")(
+    parts = joblib.Parallel(n_jobs=workers(len(jobs)), prefer="threads")(
         joblib.delayed(cache.kept)(
-            digest(name, centres[job]), partial(_losses, posterior, weights[job], theta[job])
+            cache.name(name, centres[job], weights[job]),  # other data sets may have these centres
+            partial(_losses, posterior, weights[job], theta[job]),
         )
         for job in jobs
     )
@@ -123,8 +131,17 @@ def shift(
     )
 
 
-def _products(posterior: GibbsPosterior, weights: ndarray, theta: ndarray) -> ndarray:
-    rows = posterior.risk.excess(theta, posterior.minimiser)
+def _products(
+    posterior: GibbsPosterior, weights: ndarray, theta: ndarray, cache: Cache, name: str
+) -> ndarray:
+    """Losses of the data sets at θ. Those of the rows are kept on the way if a function's."""
+    risk, at = posterior.risk, posterior.minimiser
+    if isinstance(risk, LinearRisk):
+        return np.asarray(weights @ risk.excess(theta, at).T)
+    rows = np.empty((len(theta), risk.n), dtype=np.float32)
+    for number, i in enumerate(range(0, len(theta), POINTS)):
+        some = slice(i, i + POINTS)
+        rows[some] = cache.part(name, number, partial(risk.excess, theta[some], at))
     return np.asarray(weights @ rows.T)
 
 
@@ -138,8 +155,16 @@ def _losses(posterior: GibbsPosterior, weights: ndarray, theta: ndarray) -> ndar
     return out
 
 
-def _workers(jobs: int) -> int:
-    return max(1, min(jobs, int(joblib.effective_n_jobs(-1))))
+def tasks(posterior: GibbsPosterior, B: int, points: int) -> list[slice]:
+    """Data sets in tasks of about a second, which is what an interruption loses.
+
+    points: θ at which each data set's loss is taken. A data set a task where that is a custom
+    function's, whose time is not known.
+    """
+    size = 1
+    if isinstance(posterior.risk, LinearRisk):
+        size = min(max(1, SECOND // (points * posterior.risk.n)), JOB)
+    return [slice(i, min(i + size, B)) for i in range(0, B, size)]
 
 
 # --- proposals ------------------------------------------------------------------------------

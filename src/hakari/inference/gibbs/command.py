@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from rich.console import Console
 
 from hakari import run
@@ -15,6 +16,7 @@ from hakari.inference.gibbs.report import (
     gibbs_chapter,
     intervals_table,
     rates_table,
+    rivals_table,
     verdict,
 )
 from hakari.inference.gibbs.study import Findings, Study, find
@@ -35,10 +37,13 @@ def answer(study: Study, out: Path | None, json: bool) -> int:
 
 
 def write_run(found: Findings, folder: Path) -> Path:
-    """config.toml, summary.csv and report.html beside posterior.nc; the report's path."""
+    """config.toml, report.html and three .csv files beside posterior.nc; the report's path."""
     study = found.study
     run.write_config(folder, config(found))
     found.table.to_csv(folder / "summary.csv")
+    found.calibration.coverage_curve.to_csv(folder / "coverage.csv", index=False)
+    ranks = {one.region.label: one.ranks for one in found.calibration.found}
+    pd.DataFrame(ranks).to_csv(folder / "ranks.csv", index=False)
     title = f"{study.formula.partition('~')[0].strip()}: {found.plain.risk.loss.name}"
     command = command_line(study) if isinstance(study.data, str | Path) else ""
     chapter = gibbs_chapter(found, title, command=command)
@@ -47,7 +52,7 @@ def write_run(found: Findings, folder: Path) -> Path:
 
 def show(found: Findings, console: Console) -> None:
     """The tables and the sentences, to a terminal."""
-    for table in (rates_table(found), intervals_table(found)):
+    for table in (rates_table(found), rivals_table(found), intervals_table(found)):
         console.print(grid(table))
     for sentence in verdict(found):
         console.print(f"• {sentence}")
@@ -96,10 +101,15 @@ def record(found: Findings) -> dict[str, Any]:
                 "solved": one.solved,
                 "worst_k_hat": float(one.k_hat.max()),
                 "least_effective": float(one.effective.min()),
+                "simulations": one.simulations,
+                "evaluations": one.evaluations,
             }
             for one in cal.found
         ],
-        "method": {"name": cal.method, "why": cal.why},
+        "method": {"name": cal.method, "why": cal.why, "seconds": cal.seconds},
+        "rival_rates": cal.rival_rates,
+        "spectrum": cal.spectrum.tolist(),
+        "coverage": cal.coverage_curve.to_dict("list"),
         "coefficients": found.table.reset_index().to_dict("records"),
         "sampler": {"name": str(found.result.attrs["method"]), "seed": study.seed},
         "notes": list(found.notes),
@@ -121,7 +131,7 @@ def config(found: Findings) -> dict[str, Any]:
         "calibration": asked
         | {
             "method_resolved": cal.method,
-            "learning_rates": {one.region.label: one.rate for one in cal.found},
+            "learning_rates": {one.region.label: one.rate for one in cal.found if one.solved},
         },
         "sampler": sampler | {"method_resolved": str(found.result.attrs["method"])},
         "output": {"interrupted": found.interrupted},

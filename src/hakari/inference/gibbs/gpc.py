@@ -20,6 +20,7 @@ from hakari.inference.gibbs import pareto, rate_equation
 from hakari.inference.gibbs.importance import (
     CONFIDENCE,
     LEAST,
+    LOWEST,
     Found,
     Made,
     Problem,
@@ -64,6 +65,10 @@ class Kesten:
         step = rate - self.rate
         return Kesten(self.unit, rate, step, self.turns + (step * self.last < 0))
 
+    def sunk(self, excess: float) -> bool:
+        """Whether sets cover too rarely at rates so low that the prior must be the cause."""
+        return excess < 0 and self.rate < LOWEST * self.unit
+
 
 def gpc(problem: Problem, regions: Sequence[Region], level: float, tell: Tell) -> list[Found]:
     """Each region's rate by chains that are simulated anew at each rate."""
@@ -105,7 +110,7 @@ def _simulating(problem: Problem, region: Region, level: float, tell: Tell) -> F
         made, rate = simulate(problem, rule.rate, problem.particles), rule.rate
         evaluations += made.evaluations
         excess = _coverage(made, region, level, rate) - level
-        if _close(excess, problem):
+        if _close(excess, problem) or rule.sunk(excess):
             break
         rule = rule.after(excess)
     root = Root(rate, made.ranks(region, rate), _close(excess, problem), count)
@@ -128,7 +133,7 @@ def _weighting(
             made.append(near)
         base, near = near, None
         rate, done = _reweighted(problem, base, region, level, Kesten(rule.unit, rate))
-        if done:
+        if done or rate < LOWEST * rule.unit:
             break
     root = Root(rate, base.ranks(region, rate), done, len(made))
     return _found(
@@ -147,6 +152,8 @@ def _reweighted(
         excess = _coverage(base, region, level, rule.rate) - level
         if _close(excess, problem):
             return rule.rate, True
+        if rule.sunk(excess):
+            return rule.rate, False
         after = rule.after(excess)
         if not reaches(base, after.rate):
             moved = abs(np.log(rule.rate / base.rate)) > MOVED
@@ -279,7 +286,8 @@ def _error(
         share = min(share, 1 - 0.5 / len(root.ranks))
         end = rate_equation.solve(lambda r: made.ranks(region, r), level, root.rate, degrees, share)
         ends.append(np.log(end.rate / root.rate) if end.found else step(root.ranks, share))
-    low, high = (np.sign(e) * np.hypot(e, 1.645 * monte_carlo) for e in sorted(ends))
+    low, high = min(*ends, 0.0), max(*ends, 0.0)  # the rate itself is inside
+    low, high = -np.hypot(low, 1.645 * monte_carlo), np.hypot(high, 1.645 * monte_carlo)
     return (float(root.rate * np.exp(low)), float(root.rate * np.exp(high))), monte_carlo
 
 

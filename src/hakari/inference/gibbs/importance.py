@@ -7,7 +7,7 @@ are made anew at the root, and data sets out of the cloud's reach are given thei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,7 +27,13 @@ from hakari.inference.sampling import generator
 LEAST = 50  # effective particles of a data set
 REACH = 1.5  # factor between the root and the rate that particles were made for
 ROUNDS = 4  # of making particles
+LOWEST = 2.0**-10  # of a first guess: no rate is looked for below
 CONFIDENCE = 0.9  # of the interval of a rate
+BEYOND = 0.05  # share of data sets whose particles may fail before `auto` simulates
+SPREAD = 1.5  # ratio of directions' rates from which no single one is said to calibrate
+WIDE = 1.6  # ratio of the ends of a rate's interval from which it is said to be wide
+FAR = 2.0  # standard deviations of the prior between it and an estimate that it may keep away
+LOW = 1 / 64  # of the large-sample rate: there a prior that is far away decides
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,10 @@ class Found:
         """The same at a rate times a factor, for data of another size."""
         low, high = self.interval
         return replace(self, rate=self.rate * factor, interval=(low * factor, high * factor))
+
+    def without_rate(self) -> Found:
+        """The same with NaN for the rate and its interval: the equation does not hold there."""
+        return replace(self, rate=float("nan"), interval=(float("nan"), float("nan")))
 
 
 @dataclass(frozen=True)
@@ -145,7 +155,96 @@ def asymptotic_rate(problem: Problem, region: Region, level: float) -> float:
     return float(along @ bread @ along / (along @ spread @ along))
 
 
+def failed(found: Found) -> float:
+    """Share of data sets whose particles do not reach."""
+    return float(found.lost.mean())
+
+
+def sound(found: Sequence[Found]) -> bool:
+    """Whether every region has a rate and particles that reach nearly all data sets."""
+    return all(f.solved and failed(f) <= BEYOND for f in found)
+
+
+def worst(found: Sequence[Found]) -> str:
+    """The region that is least sound, in words."""
+    one = max(found, key=lambda f: (not f.solved, failed(f)))
+    if not one.solved:
+        return f"no rate was found for {one.region.label}"
+    return f"{failed(one):.0%} of the data sets for {one.region.label}"
+
+
+def conflicts(found: Found, posterior: GibbsPosterior, level: float) -> bool:
+    """Whether a proper prior keeps the region's sets away from θ̂ down to the lowest rates."""
+    low = found.rate < LOW * found.asymptotic and (found.ranks <= level).mean() < level
+    return bool(not found.solved and posterior.blocks and low)
+
+
+def shortfall(found: Found, posterior: GibbsPosterior, level: float) -> str:
+    """That no rate was found for a region, and why."""
+    share, rate = (found.ranks <= level).mean(), f"{found.rate:.3g}"
+    said = f"no rate was found for {found.region.label} at which {level:.0%} sets cover"
+    if conflicts(found, posterior, level):
+        said += f": even at {rate}, where little but the prior counts, {share:.1%} do"
+    else:
+        said += f"; {share:.1%} do at the last one tried, {rate}"
+    name, away, estimate = _furthest(posterior, found.region)
+    if away < FAR:
+        return said
+    return (
+        f"{said}. The prior on {name} is centred {away:.1f} of its standard deviations from the "
+        f"estimate {estimate:.3g}: give a wider one, or one that is nearer"
+    )
+
+
+def notes(
+    posterior: GibbsPosterior, found: Sequence[Found], bootstrap: str, spectrum: ndarray
+) -> Iterator[str]:
+    """What to know before trusting the rates that were found."""
+    if posterior.clusters is not None and bootstrap != "cluster":
+        yield (
+            f"the posterior's clusters are ignored: bootstrap={bootstrap!r} takes rows, while "
+            "'cluster' draws whole clusters"
+        )
+    solved = [f for f in found if f.solved]
+    for f in solved:
+        if failed(f) > 0:
+            yield (
+                f"the particles of {failed(f):.1%} of the data sets do not reach for "
+                f"{f.region.label} (k-hat or effective size); method gpc simulates them instead"
+            )
+    if len(spectrum) > 1 and spectrum.max() > SPREAD * spectrum.min():
+        marginal = solved[0].region.kind == "marginal"
+        own = "the coefficients' intervals have" if marginal else "marginal regions have"
+        yield (
+            f"no single rate calibrates all directions: in large samples their rates run from "
+            f"{1 / spectrum.max():.3g} to {1 / spectrum.min():.3g}; {own} their own, and "
+            "sandwich_adjusted, in Python, gives every direction its own"
+        )
+    width = max(f.interval[1] / max(f.interval[0], 1e-300) for f in solved)
+    if width > WIDE:
+        yield (
+            f"the rate is known within a factor of {width:.2f} (90% interval): give more "
+            f"replicates than {len(solved[0].ranks)}"
+        )
+
+
 # --- parts --------------------------------------------------------------------------------
+
+
+def _furthest(posterior: GibbsPosterior, region: Region) -> tuple[str, float, float]:
+    """A coefficient, how many scales of its prior its minimiser is from that, and the minimiser.
+
+    The region's own where its prior is far, else the one that is furthest.
+    """
+    theta, rows = posterior.minimiser, [(False, 0.0, 0)]
+    for block in posterior.blocks:
+        scale = np.sqrt((block.factor**2).sum(axis=1))
+        away = np.abs(theta[list(block.positions)] - block.mean) / scale
+        for k, far in zip(block.positions, away.tolist(), strict=True):
+            own = region.kind == "marginal" and k == region.column
+            rows.append((own and far >= FAR, far, k))
+    _, far, k = max(rows)
+    return posterior.parameters[k], far, float(theta[k])
 
 
 def _calibrate(
@@ -162,7 +261,8 @@ def _calibrate(
         current = near
         root = rate_equation.solve(lambda r: current.ranks(region, r), level, aim, degrees)  # noqa: B023
         aim, near = root.rate, _nearest(made, root.rate)
-        if near is current:
+        hopeless = not root.found and current.rate < start * LOWEST
+        if near is current or hopeless:
             break
     k_hat, size = current.quality(root.rate)
     lost = (k_hat > pareto.threshold(problem.particles)) | (size < LEAST)

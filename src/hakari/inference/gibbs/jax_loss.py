@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import joblib
 import numpy as np
+import pandas as pd
 from blackjax.adaptation.base import get_filter_adapt_info_fn
 from jaxtyping import Float
 from numpy import ndarray
@@ -25,6 +26,7 @@ from hakari.inference.gibbs.lockstep import Tuning
 from hakari.inference.gibbs.losses import Loss
 from hakari.inference.gibbs.risk import CustomRisk
 from hakari.inference.gibbs.target import Target
+from hakari.inference.workers import workers
 
 AT_ONCE = 64  # values of θ in one call: a power of two, so that few shapes are compiled
 ROOM = 64  # draws of NUTS that a compiled block has room for, or a multiple of it
@@ -146,6 +148,8 @@ def _padded(theta: Float[ndarray, "M d"]) -> Float[ndarray, "P d"]:
 
 
 def _array(leaf: Any) -> Any:
+    if isinstance(leaf, pd.DataFrame):
+        return {name: _array(leaf[name]) for name in leaf}
     found = np.asarray(leaf)
     if found.dtype.kind not in "biuf":
         raise ValueError(
@@ -238,9 +242,9 @@ def _of_chains(
             return [np.asarray(part) for part in run(*chain)]
 
     first, *others = zip(*chains, strict=True)
-    workers = max(1, min(len(others), int(joblib.effective_n_jobs(-1))))
+    count = workers(len(others))
     found = [one(*first)]
-    found += joblib.Parallel(workers, prefer="threads")(joblib.delayed(one)(*c) for c in others)
+    found += joblib.Parallel(count, prefer="threads")(joblib.delayed(one)(*c) for c in others)
     return tuple(np.stack(part) for part in zip(*found, strict=True))
 
 

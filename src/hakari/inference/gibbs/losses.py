@@ -39,6 +39,9 @@ class LinearLoss:
 class Loss:
     """Any loss: function(theta (d,), rows) -> losses (n,), one a row; rows are what you pass.
 
+    np.inf says that theta is outside the loss's domain: the search for the minimum stays inside
+    and the posterior has no mass there. nan is an error.
+
     batched: the function takes theta (M, d) and returns (M, n). gradient(theta (d,), rows) ->
     (n, d), if there is one: gradient samplers use it, the search for the minimum, and the sandwich
     if there is a curvature(theta (d,), rows) -> (d, d) too, of the total loss. jumps: whether the
@@ -73,8 +76,9 @@ def from_jax(function: Callable[[Any, Any], Any], name: str | None = None) -> Lo
     """The loss of function(theta (d,), rows) -> losses (n,) written in jax.numpy.
 
     It is compiled, in double precision, and its gradient and curvature are exact; `nuts` takes no
-    other. rows: an array, or tuples, lists and dicts of arrays; they are copied when they are first
-    used, so don't change them in place. name: by which messages know it, default the function's.
+    other. rows: an array, or tuples, lists and dicts of arrays; a DataFrame is the dict of its
+    columns. They are copied when they are first used, so don't change them in place. name: by which
+    messages know it, default the function's.
     Bradbury et al. (2018). Raises ModuleNotFoundError without the extra `jax`, and, when the loss
     is first used, ValueError for a function that JAX cannot compile or that computes in float32.
 

@@ -99,7 +99,7 @@ def _curve(axis: Axes, cal: Calibration) -> None:
         level, frame["lower"], frame["upper"], color=BAND, lw=0, label=f"{CHANCE:.0%} by chance"
     )
     axis.plot([0, 1], [0, 1], color=INK, lw=0.8, label="as the level says")
-    for place, found in enumerate(cal.found):
+    for place, found in enumerate(f for f in cal.found if f.solved):
         axis.plot(level, frame[found.region.label], **_line(place, cal, found.region.label))
     axis.axvline(cal.level, color=GREY, lw=1, ls=":")
     axis.annotate(
@@ -118,7 +118,7 @@ def _histogram(axis: Axes, cal: Calibration) -> None:
     axis.axhspan(low, high, color=BAND, lw=0)
     axis.axhline(1, color=INK, lw=0.8)
     edges, top = np.linspace(0, 1, BINS + 1), high
-    for place, found in enumerate(cal.found):
+    for place, found in enumerate(f for f in cal.found if f.solved):
         counts, _ = np.histogram(found.ranks, edges)
         look = _line(place, cal, found.region.label)
         axis.stairs(
@@ -140,7 +140,9 @@ def _line(place: int, cal: Calibration, label: str) -> dict[str, Any]:
             "linewidth": 1.6,
             "label": label,
         }
-    rest = f"{len(cal.found) - len(COLOURS)} more" if place == len(COLOURS) else None
+    rest = (
+        f"{sum(f.solved for f in cal.found) - len(COLOURS)} more" if place == len(COLOURS) else None
+    )
     return {"color": GREY, "linestyle": "-", "linewidth": 0.7, "label": rest}
 
 

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 
 from hakari.inference.design import refuse_collinear, stack_blocks
 from hakari.inference.formula import parse_formula, read_blocks
+from hakari.inference.gibbs import losses
 from hakari.inference.gibbs.losses import LinearLoss, Loss, classes
 from hakari.inference.gibbs.risk import CustomRisk, LinearRisk, Risk, default_names
 from hakari.inference.gibbs.sandwich import Sandwich, sandwich
@@ -31,8 +32,9 @@ class GibbsPosterior:
 
     loss: one of `losses`, or any function of theta (d,) and rows that returns (n,).
     rows: for a loss of a linear predictor the pair (y (n,), X (n, d)); for a function whatever it
-    takes. learning_rate: η > 0. names: of the coefficients. start (d,): where to look for the
-    minimum of a function (needed for functions). clusters (n,): labels, kept for the bootstrap.
+    takes. learning_rate: η > 0. names: of the coefficients; X may be a frame that has them. start
+    (d,): where to look for the minimum of a function (needed for functions), inside its domain.
+    clusters (n,): labels, kept for the bootstrap.
 
     Raises ValueError for shapes that do not fit, values that are not finite, collinear columns or
     a loss that y cannot have.
@@ -61,7 +63,7 @@ class GibbsPosterior:
     @classmethod
     def from_formula(
         cls,
-        loss: LinearLoss,
+        loss: LinearLoss | Loss | Callable[[ndarray, Any], Any],
         formula: str,
         data: Any,
         prior: Prior | Sequence[Prior] = Flat(),  # noqa: B008 - frozen
@@ -70,17 +72,20 @@ class GibbsPosterior:
         weights: str | None = None,
         clusters: str | None = None,
         missing: Missing = "raise",
+        start: ArrayLike | None = None,
     ) -> GibbsPosterior:
         """From `y ~ 1 + x` and a table, as `LinearMoments.from_formula` reads them.
 
-        No intercept unless written as 1. weights, clusters: names of columns. Raises ValueError
-        for a formula with instruments, and as the class does.
+        No intercept unless written as 1. weights, clusters: names of columns. A function of your
+        own is given the rows (y, X), or (y, X, weights), and needs start. Raises ValueError for a
+        formula with instruments, a y of text, and as the class does.
         """
         parsed = parse_formula(formula)
         if parsed.instruments != "0":
             raise ValueError(f"formula {formula!r} has instruments: a loss of y and x has none")
         parts = list(read_blocks(parsed, data, weights, clusters, missing))
         names, block = parts[0][0], stack_blocks([b for _, b in parts])
+        _refuse_text(names.dependent, parsed.dependent.removeprefix("0 + "))
         labels = [b.clusters for _, b in parts if b.clusters is not None]
         rows = (block.y, block.X) if block.weights is None else (block.y, block.X, block.weights)
         return cls(
@@ -89,6 +94,7 @@ class GibbsPosterior:
             prior,
             learning_rate,
             names.parameters,
+            start,
             clusters=np.concatenate(labels) if labels else None,
         )
 
@@ -97,6 +103,7 @@ class GibbsPosterior:
         """The loss on the rows."""
         if isinstance(self.loss, LinearLoss):
             return _linear(self.loss, self.rows, self.names)
+        _refuse_unmade(self.loss)
         if self.start is None:
             raise ValueError(
                 "start is missing: for a function give start=[...], a value of theta (d,) near "
@@ -105,7 +112,7 @@ class GibbsPosterior:
         start = np.atleast_1d(np.asarray(self.start, dtype=float))
         loss = self.loss if isinstance(self.loss, Loss) else Loss(self.loss, name=_name(self.loss))
         found = CustomRisk(loss, self.rows, default_names(len(start), self.names), start)
-        found.totals(start[None])  # shapes and values are told before anything long
+        found.refuse_outside()  # shapes and values are told before anything long
         return found
 
     @property
@@ -151,10 +158,30 @@ class GibbsPosterior:
         return other
 
 
+def _refuse_unmade(loss: Any) -> None:
+    """Raise ValueError for the name of a loss, and for a maker of losses that was not called."""
+    known = getattr(losses, loss, None) if isinstance(loss, str) else loss
+    if getattr(known, "__module__", None) == losses.__name__ and hasattr(known, "__name__"):
+        raise ValueError(f"loss {_name(known)} is not made: call it, as hi.losses.{_name(known)}()")
+    if not callable(loss) and not isinstance(loss, Loss):
+        raise ValueError(
+            f"loss {loss!r}: give one of hi.losses, such as hi.losses.huber(), or a function of "
+            "theta and rows"
+        )
+
+
+def _refuse_text(column: str, term: str) -> None:
+    """Raise ValueError where the left side is coded as levels: formulaic names them term[level]."""
+    if column.startswith(f"{term}["):
+        raise ValueError(f"{term} is text or a category: a y of numbers is needed")
+
+
 def _linear(loss: LinearLoss, rows: Any, names: Sequence[str] | None) -> LinearRisk:
     if not isinstance(rows, tuple | list) or len(rows) not in (2, 3):
         raise ValueError(f"rows for {loss.name} must be (y, X) or (y, X, weights)")
     y = np.asarray(rows[0], dtype=float)
+    if names is None and hasattr(rows[1], "columns"):
+        names = [str(name) for name in rows[1].columns]
     X = np.asarray(rows[1], dtype=float)
     X = X[:, None] if X.ndim == 1 else X
     weights = np.asarray(rows[2], dtype=float) if len(rows) == 3 else None

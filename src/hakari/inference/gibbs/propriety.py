@@ -126,5 +126,5 @@ def _refusal(posterior: GibbsPosterior, named: list[str], reason: str) -> str:
     return (
         f"the posterior is improper under this prior: along {', '.join(named)} "
         f"{reason}the {posterior.risk.loss.name} loss does not grow and exp(-loss) cannot be "
-        f"integrated. Give a proper prior, such as Normal(mean, variance, names={named})"
+        f"integrated. Give {', '.join(named)} a proper prior, such as a normal one"
     )

@@ -37,6 +37,12 @@ class Region:
         """Dimension of the region."""
         return d if self.kind in ("ellipse", "hpd") else 1
 
+    def values(self, theta: Float[ndarray, "*batch d"]) -> Float[ndarray, "*batch"]:
+        """What a marginal or functional region is an interval of."""
+        return np.asarray(
+            theta[..., self.column] if self.function is None else self.function(theta)
+        )
+
 
 REGIONS = ("marginal", "ellipse", "hpd")
 
@@ -51,7 +57,9 @@ def regions_of(
     Raises ValueError for unknown names of regions or coefficients.
     """
     if callable(region):
-        return (Region("functional", getattr(region, "__name__", "functional"), function=region),)
+        name = getattr(region, "__name__", "<lambda>")
+        label = "functional" if name == "<lambda>" else name
+        return (Region("functional", label, function=region),)
     if region not in REGIONS:
         raise ValueError(
             f"region {region!r} is unknown: use {', '.join(REGIONS)}, or a function of theta"
@@ -65,6 +73,25 @@ def regions_of(
         if name not in names:
             raise ValueError(f"no coefficient {name!r}: there are {', '.join(names)}")
     return tuple(Region("marginal", name, list(names).index(name)) for name in wanted)
+
+
+def check_functions(regions: Sequence[Region], theta: Float[ndarray, " d"]) -> None:
+    """Raise ValueError for functions that do not take θ (..., d) to finite values (...)."""
+    many = np.broadcast_to(theta, (3, 2, len(theta)))
+    how = "it must take (..., d) and return (...), as theta[..., 0] does"
+    for function in (r.function for r in regions if r.function is not None):
+        try:
+            one, found = (np.asarray(function(t), dtype=float) for t in (theta, many))
+        except (IndexError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"the function of theta failed for theta {many.shape} ({error}): {how}"
+            ) from error
+        if found.shape != many.shape[:-1] or one.shape:
+            raise ValueError(
+                f"the function of theta gave {found.shape} for theta {many.shape}: {how}"
+            )
+        if not np.isfinite(one):
+            raise ValueError(f"the function of theta is {float(one)} at the minimiser {theta}")
 
 
 def ranks(particles: Particles, region: Region, rate: float) -> Float[ndarray, " B"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 from scipy.stats import kstest
@@ -17,6 +18,7 @@ from hakari.run import versions
 SHOWN = 6  # coefficients in a figure
 UNEVEN = 0.01  # p-value of Kolmogorov and Smirnov's test that credibility ranks are uniform
 PACKAGES = ("numpy", "scipy", "numba", "pandas", "xarray", "arviz-stats", "matplotlib")
+TABLES = "the intervals, coverage by level and the data sets' credibility ranks"
 REGIONS = {
     "marginal": "each coefficient's equal-tailed interval, at a rate of its own",
     "ellipse": "the ellipse of all coefficients, in the posterior's metric",
@@ -35,7 +37,7 @@ def gibbs_chapter(found: Findings, title: str, intro: str = "", command: str = "
         Section("Before and after calibration", posterior_blocks(found)),
         Section("Calibration", calibration_blocks(found)),
         Section("Diagnostics", diagnostics(found)),
-        Section("How to repeat", repeat(found, command)),
+        Section("How to repeat", repeat(found, command, TABLES)),
     ]
     return Chapter(title, sections, intro)
 
@@ -65,7 +67,7 @@ def rates_table(found: Findings) -> Table:
             number(one.rate),
             _interval(*one.interval),
             number(one.asymptotic),
-            f"{(one.ranks <= found.study.level).mean():.1%}",
+            f"{(one.ranks <= found.study.level).mean():.1%}" if one.solved else "–",
             number(one.k_hat.max(), 2),
             f"{one.effective.min():.0f}",
         ]
@@ -79,22 +81,34 @@ def rates_table(found: Findings) -> Table:
     return Table(head, rows, caption)
 
 
+def rivals_table(found: Findings) -> Table:
+    """Learning rates by rules that do not aim at coverage, beside the calibrated one."""
+    cal = found.calibration
+    rates = {"calibrated": cal.learning_rate} | cal.rival_rates
+    rows = [[name, number(rate)] for name, rate in rates.items()]
+    return Table(["", "rate"], rows, "Learning rates by other rules, which do not aim at coverage.")
+
+
 # --- sentences ------------------------------------------------------------------------------
 
 
 def verdict(found: Findings) -> list[str]:
-    """Sentences in the order in which a reader wants them."""
+    """Sentences in the order in which a reader wants them; what was not found comes first."""
     answers = [_answer(found, name) for name in found.of_interest[:SHOWN]]
-    return [*answers, _rate_says(found), *_levels_say(found), *cares(found)]
+    lacking = sum(not f.solved for f in found.calibration.found)
+    first, others = cares(found)[:lacking], cares(found)[lacking:]
+    return [*first, *answers, _rate_says(found), *_levels_say(found), *others]
 
 
 def cares(found: Findings) -> list[str]:
-    """The notes of calibration and draws, as sentences."""
+    """The notes of calibration and draws, as sentences; rates that were not found come first."""
     return [f"{note[0].upper()}{note[1:]}." for note in found.notes]
 
 
 def _answer(found: Findings, name: str) -> str:
     row, level = found.table.loc[name], f"{found.study.level:.0%}"
+    if np.isnan(found.rates[name]):
+        return f"{name}: {number(row['estimate'])}, without a calibrated interval."
     width = row["upper"] - row["lower"]
     plain = width / (row["upper_uncalibrated"] - row["lower_uncalibrated"])
     parts = [f"{_times(plain)} that at learning rate {found.study.rate:g}"] * bool(plain > 0)
@@ -109,7 +123,9 @@ def _answer(found: Findings, name: str) -> str:
 def _rate_says(found: Findings) -> str:
     cal = found.calibration
     low, high = cal.interval
-    several = " (the smallest; each coefficient has its own)" * (len(cal.found) > 1)
+    several = " (the smallest; each coefficient has its own)" * (
+        sum(f.solved for f in cal.found) > 1
+    )
     return (
         f"Learning rate {number(cal.learning_rate)}{several}, 90% interval {number(low)} to "
         f"{number(high)}, by {cal.method}: {cal.why}."
@@ -119,7 +135,8 @@ def _rate_says(found: Findings) -> str:
 def _levels_say(found: Findings) -> list[str]:
     """Where the posterior is calibrated at the level asked for and not at the others."""
     level, cal = f"{found.study.level:.0%}", found.calibration
-    uneven = [f.region.label for f in cal.found if kstest(f.ranks, "uniform").pvalue < UNEVEN]
+    solved = [f for f in cal.found if f.solved]
+    uneven = [f.region.label for f in solved if kstest(f.ranks, "uniform").pvalue < UNEVEN]
     if not uneven:
         return []
     return [
@@ -153,20 +170,25 @@ def question(found: Findings) -> list[Block]:
 
 def said(found: Findings) -> list[Block]:
     """The verdict, what needs care marked."""
-    first, *rest = verdict(found)
-    care = set(cares(found))
+    sentences, care = verdict(found), set(cares(found))
+    lead = next(one for one in sentences if one not in care)
     blocks: list[Block] = []
     if found.interrupted:
         blocks.append(Text("Interrupted by hand: these are the draws until then.", "warning"))
-    blocks.append(Text(first, "lead"))
-    return [*blocks, *(Text(one, "warning" if one in care else "plain") for one in rest)]
+    for one in sentences:
+        style = "warning" if one in care else ("lead" if one == lead else "plain")
+        blocks.append(Text(one, cast(Any, style)))
+    return blocks
 
 
 def posterior_blocks(found: Findings, names: Sequence[str] | None = None) -> list[Block]:
     """Densities before and after, and the intervals."""
     study = found.study
-    shown = list(names or found.of_interest)[:SHOWN]
+    wanted = list(names or found.of_interest)[:SHOWN]
+    shown = [name for name in wanted if not np.isnan(found.rates[name])]
     table = intervals_table(found)
+    if not shown:
+        return [table]
     if not {study.rate, *map(found.rates.get, shown)} <= set(found.draws):
         return [table]  # Ctrl-C came before some of them
     figure = before_and_after(
@@ -196,7 +218,7 @@ def calibration_blocks(found: Findings) -> list[Block]:
         "smallest level at which they do. Inside the bands, 95% of what chance alone does, the "
         "posterior is calibrated at all levels, not only at the one asked.",
     )
-    return [picture, rates_table(found)]
+    return [picture, rates_table(found), rivals_table(found)]
 
 
 def diagnostics(found: Findings) -> list[Block]:
@@ -218,11 +240,11 @@ def diagnostics(found: Findings) -> list[Block]:
     return [Facts(rows)]
 
 
-def repeat(found: Findings, command: str) -> list[Block]:
-    """The command, seed and versions."""
+def repeat(found: Findings, command: str, tables: str = "the intervals") -> list[Block]:
+    """The command, seed and versions. tables: what the .csv files of the folder hold."""
     installed = ", ".join(f"{name} {version}" for name, version in versions(*PACKAGES).items())
     told = (
-        f"Seed {found.study.seed}; {installed}. The draws (.nc), the intervals (.csv) and the "
+        f"Seed {found.study.seed}; {installed}. The draws (.nc), {tables} (.csv) and the "
         "settings (config.toml) lie in this folder."
     )
     blocks: list[Block] = [Text(command, "code")] if command else []

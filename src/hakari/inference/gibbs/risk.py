@@ -5,7 +5,7 @@ Two kinds: of a linear predictor, compiled, and of any function. Both have the s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +22,7 @@ from hakari.inference.gibbs.losses import LinearLoss, Loss
 FLAT = 1e-9  # curvature a row, in orthonormal columns, of a minimum that is infinitely far
 THIN = 8  # one row of so many says where the others lie
 AT_ONCE = 2**25  # losses of a custom function that are held at once: 256 MB
+LARGEST = 1e30  # stands for inf in single precision: no weight is left, and 0 times it is 0
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,10 @@ class LinearRisk:
 
 @dataclass(frozen=True)
 class CustomRisk:
-    """Risk of any function of θ and rows. start (d,): where the search for the minimum begins."""
+    """Risk of any function of θ and rows. start (d,): where the search for the minimum begins.
+
+    A loss of inf says that θ is outside the domain: its total is inf, its excess `LARGEST`.
+    """
 
     loss: Loss
     rows: Any
@@ -139,9 +143,8 @@ class CustomRisk:
     ) -> Float[ndarray, " M"]:
         """As of `LinearRisk`."""
         step = max(1, AT_ONCE // self.n)
-        parts = [self._values(theta[i : i + step]) for i in range(0, len(theta), step)]
-        sums = [p.sum(axis=1) if weights is None else p @ weights for p in parts]
-        return np.concatenate(sums)
+        parts = (self._values(theta[i : i + step]) for i in range(0, len(theta), step))
+        return np.concatenate([_sums(part, weights) for part in parts])
 
     def excess(self, theta: Float[ndarray, "M d"], at: Float[ndarray, " d"]) -> ndarray:
         """As of `LinearRisk`."""
@@ -180,15 +183,50 @@ class CustomRisk:
 
     def _values(self, theta: ndarray) -> ndarray:
         values = self.loss.values(theta, self.rows)
-        if not np.isfinite(values).all():
-            m, i = np.argwhere(~np.isfinite(values))[0]
+        if not values.size or (np.isfinite(values.min()) and values.max() < LARGEST):
+            return values
+        bad = np.isnan(values) | (values == -np.inf)
+        if bad.any():
+            m, i = np.argwhere(bad)[0]
             raise ValueError(
                 f"loss {self.loss.name!r} is {values[m, i]} in row {i + 1} at theta "
-                f"{np.array2string(theta[m], precision=4)}: it must be finite everywhere"
+                f"{_shown(theta[m])}: {_cause(values[m, i])}"
             )
-        return values
+        return np.asarray(np.minimum(values, LARGEST))
+
+    def refuse_outside(self) -> None:
+        """Raise ValueError where the loss is inf at `start`."""
+        outside = np.flatnonzero(self._values(self.start[None])[0] >= LARGEST)
+        if len(outside):
+            raise ValueError(
+                f"loss {self.loss.name!r} is inf in row {outside[0] + 1} at start "
+                f"{_shown(self.start)}: start inside its domain; if it overflows, write it so that "
+                "it does not (np.logaddexp(r, -r) for the logarithm of exp(r) + exp(-r))"
+            )
 
 
+def _sums(values: Float[ndarray, "M n"], weights: ndarray | None) -> Float[ndarray, " M"]:
+    total = np.asarray(values.sum(axis=1) if weights is None else values @ weights)
+    if values.size and values.max() >= LARGEST:
+        drawn = slice(None) if weights is None else weights > 0
+        total[(values[:, drawn] >= LARGEST).any(axis=1)] = np.inf
+    return total
+
+
+def _cause(value: float) -> str:
+    if np.isnan(value):
+        return (
+            "is it outside the loss's domain? Return np.inf there, or parametrise so that every "
+            "theta is inside (a scale by its logarithm)"
+        )
+    return "a loss that falls without end has no minimum; is its sign right? " + SIGN
+
+
+def _shown(theta: ndarray) -> str:
+    return np.array2string(theta, precision=4)
+
+
+SIGN = "A log-likelihood is a loss with a minus before it"
 Risk = LinearRisk | CustomRisk
 
 
@@ -297,16 +335,26 @@ def _dual(risk: LinearRisk, kept: ndarray, above: ndarray) -> ndarray:
 
 
 def _search(risk: CustomRisk) -> ndarray:
+    """The best point that is found from `start`. Raises ValueError if it is no minimum."""
     size = 1.0 / risk.n
 
     def value(theta: ndarray) -> float:
-        return float(size * risk.totals(theta[None])[0])
+        return min(float(size * risk.totals(theta[None])[0]), LARGEST)
 
+    with np.errstate(over="ignore", invalid="ignore"):  # of losses far out
+        best = _descended(risk, value)
+        _refuse_flat(risk, value, best)
+        _refuse_fall(risk, value, best)
+    return best
+
+
+def _descended(risk: CustomRisk, value: Callable[[ndarray], float]) -> ndarray:
     jac = None
     if risk.loss.gradient is not None:
-        jac = lambda t: size * risk.scores(t).sum(axis=0)  # noqa: E731
+        jac = lambda t: risk.scores(t).sum(axis=0) / risk.n  # noqa: E731
     d = len(risk.start)
     best = minimize(value, risk.start, jac=jac, method="BFGS", options={"gtol": 1e-9}).x
+    best = best if value(best) <= value(risk.start) else risk.start
     for _ in range(3):
         begin = best
         options = {"xatol": 1e-9, "fatol": 1e-14, "maxfev": 2000 * d, "adaptive": d > 3}
@@ -317,6 +365,34 @@ def _search(risk: CustomRisk) -> ndarray:
         close, least = _polished(risk, best), value(best)
         best = close if value(close) <= least + 1e-12 * abs(least) else best  # but for rounding
     return best if value(best) <= value(risk.start) else risk.start
+
+
+def _refuse_flat(risk: CustomRisk, value: Callable[[ndarray], float], best: ndarray) -> None:
+    """Raise ValueError where the search saw nothing but the value at `start`."""
+    start = risk.start
+    if (best != start).any():
+        return
+    moves = np.diag(np.where(start == 0, 2.5e-4, 0.05 * start))  # the first of Nelder and Mead
+    if all(value(start + sign * move) == value(start) for move in moves for sign in (1, -1)):
+        raise ValueError(
+            f"loss {risk.loss.name!r} is the same all around start {_shown(start)}: start nearer "
+            "to its minimum; if it jumps, give Loss(..., jumps=True), and bootstrap='m-out-of-n' "
+            "to calibrate"
+        )
+
+
+def _refuse_fall(risk: CustomRisk, value: Callable[[ndarray], float], best: ndarray) -> None:
+    """Raise ValueError where the loss goes on falling on the way from `start` to its best point."""
+    way = best - risk.start
+    if (np.abs(way) <= 1e-3 * np.abs(best)).all():
+        return
+    begin, here, far, further = (value(risk.start + by * way) for by in (0, 1, 10, 100))
+    if here >= far >= further and begin - further > 1e-9 * abs(begin):
+        raise ValueError(
+            f"loss {risk.loss.name!r} has no minimum that was found from start "
+            f"{_shown(risk.start)}: it does not rise at theta {_shown(best)} and beyond; is its "
+            f"sign right? {SIGN}"
+        )
 
 
 def _global_search(risk: CustomRisk) -> ndarray:

@@ -12,6 +12,7 @@ from scipy.stats import norm
 
 from hakari.inference.gibbs.bootstrap import default_block
 from hakari.inference.gibbs.posterior import GibbsPosterior
+from hakari.inference.gibbs.sandwich import Sandwich
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,27 @@ def sandwich_rival(
     bootstrap: with `cluster` scores are summed over the posterior's clusters; with `block` their
     autocovariances count as in the stationary bootstrap of blocks of `block` rows.
     """
-    found, theta = posterior.sandwich, posterior.minimiser
-    K = found.score_variance
-    if bootstrap in ("cluster", "block"):
-        clusters = posterior.clusters if bootstrap == "cluster" else None
-        scores = posterior.risk.scores(theta)
-        K = dependent_variance(scores, clusters, block or default_block(posterior.risk.n))
-    spread = np.sqrt(np.diag(found.bread @ K @ found.bread))
+    theta = posterior.minimiser
+    spread = np.sqrt(np.diag(sandwich_under(posterior, bootstrap, block).covariance))
     half = norm.ppf(0.5 + level / 2) * spread
     return Rival("sandwich", posterior.parameters, theta, theta - half, theta + half)
+
+
+def sandwich_under(
+    posterior: GibbsPosterior, bootstrap: str = "multinomial", block: int | None = None
+) -> Sandwich:
+    """J, and K as a bootstrap of this scheme has it: what it resamples whole, varies whole.
+
+    bootstrap, block: as of `sandwich_rival`. Both are for all n rows, whatever m of m-out-of-n.
+    Raises CubeRootError for a loss that jumps.
+    """
+    found = posterior.sandwich
+    if bootstrap not in ("cluster", "block"):
+        return found
+    clusters = posterior.clusters if bootstrap == "cluster" else None
+    scores = posterior.risk.scores(posterior.minimiser)
+    K = dependent_variance(scores, clusters, block or default_block(posterior.risk.n))
+    return Sandwich(found.curvature, K)
 
 
 def dependent_variance(

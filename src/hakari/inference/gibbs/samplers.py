@@ -27,6 +27,7 @@ from hakari.inference.gibbs.posterior import GibbsPosterior
 from hakari.inference.gibbs.propriety import refuse_bounded, refuse_without_growth
 from hakari.inference.gibbs.risk import LinearRisk
 from hakari.inference.gibbs.target import Target, free_positions, prior_target, target_of
+from hakari.inference.workers import workers
 
 METHODS = ("auto", "mh", "smc", "pcn", "mala", "nuts")
 KERNELS = {kernel.name: kernel for kernel in (lockstep.walk, crank_nicolson, langevin)}
@@ -222,8 +223,8 @@ def _compiled(
         work(rows, chains.u[c], tuple(part[c] for part in chains.tuning), schedule, *chance)
         for c, chance in enumerate(zip(noise, coins, strict=True))
     ]
-    workers = max(1, min(len(jobs), int(joblib.effective_n_jobs(-1))))
-    found = list(joblib.Parallel(workers, prefer="threads")(jobs))
+    count = workers(len(jobs))
+    found = list(joblib.Parallel(count, prefer="threads")(jobs))
     *draws, tunings = zip(*found, strict=True)
     tuning = Tuning(*(np.stack(part) for part in zip(*tunings, strict=True)))
     return tuple(np.stack(part) for part in draws), tuning

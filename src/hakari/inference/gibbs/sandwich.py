@@ -15,11 +15,19 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from hakari.inference.gibbs.risk import CustomRisk, Risk
+from hakari.inference.gibbs import loss_kernels as kernels
+from hakari.inference.gibbs.risk import CustomRisk, LinearRisk, Risk
 
+OF_RESIDUALS = (kernels.SQUARED, kernels.HUBER, kernels.EXPECTILE)
 JUMPS = 1.5  # growth below it: between a loss that jumps (1) and one that is Lipschitz (2)
 ALIKE = 0.1  # an error of J that matters less than that of 500 data sets in a rate
+SMALL = 0.01  # sampling errors: a step at which few rows pass a kink
+WRONG = 0.2  # of the rows' changes: a gradient that is off by more is another function's
 ROUNDS = 2  # of differences: by coordinate, then along the axes of the sampling error
+
+
+class GradientError(ValueError):
+    """A loss whose own gradient is not that of its values."""
 
 
 class CubeRootError(ValueError):
@@ -51,7 +59,9 @@ class Sandwich:
         """Eigenvalues of J^(−1/2) K J^(−1/2): one over the learning rate of each direction."""
         root = np.linalg.cholesky(self.curvature)
         half = np.linalg.solve(root, np.linalg.solve(root, self.score_variance).T)
-        return np.linalg.eigvalsh((half + half.T) / 2)
+        values = np.linalg.eigvalsh((half + half.T) / 2)
+        least = np.finfo(float).eps * values[-1]  # K of few clusters is singular
+        return np.asarray(np.maximum(values, least))
 
 
 def sandwich(risk: Risk, theta: Float[ndarray, " d"]) -> Sandwich:
@@ -59,7 +69,9 @@ def sandwich(risk: Risk, theta: Float[ndarray, " d"]) -> Sandwich:
 
     A function's own curvature is taken if the risk curves as much over one sampling error: where
     single rows have kinks or jumps it is wrong, and differences hold.
-    Raises CubeRootError for a loss that jumps, ValueError where the risk does not curve upward.
+    Raises CubeRootError for a loss that jumps, GradientError for a gradient that is wrong, and
+    ValueError where the risk does not curve upward, the sampling error leaves the loss's domain, or
+    the predictor gives y without error.
     """
     curvature = risk.curvature(theta)
     if isinstance(risk, CustomRisk):
@@ -67,10 +79,22 @@ def sandwich(risk: Risk, theta: Float[ndarray, " d"]) -> Sandwich:
         if curvature is None or not _alike(curvature, coarse.curvature):
             return coarse
     assert curvature is not None
+    _refuse_perfect_fit(risk, theta)
     _check(curvature, risk.names)
     scores = risk.scores(theta)
     centred = scores - scores.mean(axis=0)
     return Sandwich(curvature, centred.T @ centred)
+
+
+def _refuse_perfect_fit(risk: Risk, theta: ndarray) -> None:
+    """Raise ValueError where no row differs from what the predictor says: then K is 0."""
+    if not isinstance(risk, LinearRisk) or risk.loss.kind not in OF_RESIDUALS:
+        return
+    if np.abs(risk.y - risk.X @ theta).max() <= 1e-13 * np.abs(risk.y).max():
+        raise ValueError(
+            f"{', '.join(risk.names)} give y without error in all {risk.n} rows: the loss has no "
+            "sampling error and no learning rate; is y the column that you meant?"
+        )
 
 
 def _alike(one: ndarray, other: ndarray) -> bool:
@@ -93,6 +117,7 @@ def _by_differences(risk: Risk, theta: ndarray) -> Sandwich:
             "bootstrap mimics it: give Loss(..., jumps=True) and bootstrap='m-out-of-n', or smooth "
             "the loss"
         )
+    _refuse_wrong_gradient(risk, theta, axes)
     for _ in range(ROUNDS):
         curvature, score_variance = _curvature_by(risk, theta, axes), _scores_by(risk, theta, axes)
         _check(curvature, risk.names)
@@ -101,6 +126,29 @@ def _by_differences(risk: Risk, theta: ndarray) -> Sandwich:
     curvature, score_variance = _curvature_by(risk, theta, axes), _scores_by(risk, theta, axes)
     _check(curvature, risk.names)
     return Sandwich(curvature, score_variance)
+
+
+def _refuse_wrong_gradient(risk: Risk, theta: ndarray, axes: ndarray) -> None:
+    """Raise GradientError where a loss's own gradient is not how its losses change.
+
+    Half a sampling error away from the minimum, where fewer rows have a kink than at it.
+    """
+    if not isinstance(risk, CustomRisk) or risk.loss.gradient is None or risk.loss.jax is not None:
+        return
+    for name, axis in zip(risk.names, axes.T, strict=True):
+        at, step = theta + axis / 2, SMALL * axis
+        up, down = risk.loss.values(np.stack([at + step, at - step]), risk.rows)
+        with np.errstate(invalid="ignore"):  # outside the domain nothing is compared
+            said, seen = risk.scores(at) @ axis, (up - down) / (2 * SMALL)
+        off, size = np.abs(said - seen).sum(), np.maximum(np.abs(said), np.abs(seen)).sum()
+        if off > WRONG * size:
+            i = int(np.argmax(np.abs(said - seen)))
+            said, seen = said / np.linalg.norm(axis), seen / np.linalg.norm(axis)
+            raise GradientError(
+                f"the gradient of loss {risk.loss.name!r} along {name} is {said[i]:.4g} in row "
+                f"{i + 1} at theta {np.array2string(at, precision=4)}, where its losses change by "
+                f"{seen[i]:.4g} a unit: correct it, or leave it out"
+            )
 
 
 def sampling_steps(
@@ -133,13 +181,14 @@ def _rise_ratio(risk: Risk, theta: ndarray, axes: ndarray, steps: ndarray) -> nd
 
 
 def _growth(risk: Risk, theta: ndarray, axes: ndarray) -> float:
-    """Exponent of the variance of a row's rise in the step: the smallest over the axes.
+    """Exponent of the variance of a row's rise in the step: the smallest over axes, both ways.
 
     0 where no row changes over a quarter of the sampling error, though some do further away.
     """
 
     def rise(share: float) -> ndarray:
-        moved: ndarray = risk.excess(theta + share * axes.T, theta).astype(float)
+        sides = np.concatenate([axes.T, -axes.T])
+        moved: ndarray = risk.excess(theta + share * sides, theta).astype(float)
         return np.asarray((moved**2).mean(axis=1))
 
     quarter = rise(0.25)
@@ -168,6 +217,14 @@ def _curvature_by(risk: Risk, theta: ndarray, axes: ndarray) -> ndarray:
     moves = np.array([s * axes[:, j] + t * axes[:, k] for j, k in pairs for s, t in sides])
     base = risk.totals(theta[None])[0]
     rise = (risk.totals(theta + moves) - base).reshape(len(pairs), 4)
+    if np.isinf(rise).any():
+        ends = np.isinf(rise).any(axis=1)
+        out = [risk.names[j] for (j, k), end in zip(pairs, ends, strict=True) if end and j == k]
+        raise ValueError(
+            f"loss {risk.loss.name!r} is inf two sampling errors from its minimum along "
+            f"{', '.join(out or risk.names)}: its domain ends there; parametrise so that every "
+            "theta is inside (a scale by its logarithm)"
+        )
     bend = np.zeros((d, d))
     for (j, k), (pp, pm, mp, mm) in zip(pairs, rise, strict=True):
         bend[j, k] = bend[k, j] = (pp - pm - mp + mm) / 4
@@ -190,6 +247,11 @@ def _check(matrix: ndarray, names: tuple[str, ...]) -> None:
     size = np.sqrt(np.abs(np.diag(matrix)))
     size = np.where(size > 0, size, 1.0)
     values, vectors = np.linalg.eigh(matrix / np.multiply.outer(size, size))
+    if values[-1] < 0:
+        raise ValueError(
+            f"the risk curves downward along {', '.join(names)}, from a maximum: is the loss's "
+            "sign right? A log-likelihood is a loss with a minus before it"
+        )
     if not values[0] > 1e-10:
         worst = np.abs(vectors[:, 0])
         named = ", ".join(n for n, w in zip(names, worst, strict=True) if w > 1e-2 * worst.max())

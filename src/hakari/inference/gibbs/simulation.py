@@ -6,7 +6,8 @@ exp{−(η − rate) L} at another, always from that rate (gibbs-calibration.md 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -17,17 +18,19 @@ from numpy import ndarray
 from scipy.fft import irfft, next_fast_len, rfft
 
 from hakari.inference.gibbs.cached_losses import digest
-from hakari.inference.gibbs.cloud import JOB, _workers, posterior_form
+from hakari.inference.gibbs.cloud import JOB, posterior_form, tasks
 from hakari.inference.gibbs.importance import Made, Problem
 from hakari.inference.gibbs.particles import Particles
 from hakari.inference.gibbs.risk import AT_ONCE, LinearRisk
 from hakari.inference.gibbs.sandwich import sampling_steps
 from hakari.inference.sampling import generator
+from hakari.inference.workers import workers
 
 BURN = 600  # steps before those that are kept
 MOVES = 4  # steps a kept draw, or 2 a coefficient: 512 draws are the 2,000 steps of the paper
 WINDOW = 50  # steps between adaptations
 PIECE = 64  # draws whose noise is held at once
+KEPT = 32  # steps of a custom loss's chains after which they are kept
 ACCEPTED = {1: 0.44, 2: 0.35}  # acceptance to tune for; 0.234 from three coefficients on
 Advance = Callable[[ndarray, ndarray, ndarray, ndarray, int], tuple[ndarray, ndarray, ndarray]]
 
@@ -64,17 +67,19 @@ def simulate(problem: Problem, rate: float, N: int, burn: int = BURN) -> Simulat
     B, d = start.shape
     every = max(MOVES, 2 * d)
     linear = isinstance(problem.posterior.risk, LinearRisk)
-    size = JOB if linear else B  # a custom loss takes the proposals of all chains at once
-    jobs = [slice(i, min(i + size, B)) for i in range(0, B, size)]
+    # a custom loss takes the proposals of all chains at once
+    jobs = tasks(problem.posterior, B, burn + N * every) if linear else [slice(0, B)]
     near = problem.posterior.log_prior(start[:, None] + covariance)  # names the prior
     settings = np.array([rate, N, burn, every, problem.seed])
     name = digest("walk", settings, start, covariance, near)
-    parts = joblib.Parallel(n_jobs=_workers(len(jobs)), prefer="threads")(
-        joblib.delayed(problem.cache.kept)(
-            f"{name} {job}", partial(_chains, problem, job, rate, start, covariance, N, burn, every)
-        )
-        for job in jobs
-    )
+
+    def chains(job: slice) -> ndarray:
+        whole = f"{name} {job}"
+        work = partial(_chains, problem, job, rate, start, covariance, N, burn, every, whole)
+        return problem.cache.kept(whole, work)
+
+    pool = joblib.Parallel(n_jobs=workers(len(jobs)), prefer="threads")
+    parts = pool(joblib.delayed(chains)(job) for job in jobs)
     present = float((problem.weights > 0).sum()) if linear else B * problem.posterior.risk.n
     draws = np.concatenate(list(parts))
     return as_made(problem, rate, draws, relative_efficiency(draws), present * (burn + N * every))
@@ -172,11 +177,12 @@ def _chains(
     N: int,
     burn: int,
     every: int,
+    name: str = "",
 ) -> Float[ndarray, "C N d+1"]:
-    """Draws and their losses of some data sets' chains."""
+    """Draws and their losses of some data sets' chains; name: of what is kept on the way."""
     here, d = start[job], start.shape[1]
     streams = [generator(problem.seed, f"walk {b}") for b in range(job.start, job.stop)]
-    advance = _advance(problem, job, rate)
+    advance = _advance(problem, job, rate, name)
     spread = np.repeat(covariance[None], len(here), axis=0)
     tuning = Tuning(here, spread, np.full(len(here), np.log(2.38 / np.sqrt(d))), 10.0 * d + WINDOW)
     for k in range(-(-burn // WINDOW)):
@@ -197,12 +203,12 @@ def _chance(streams: list[np.random.Generator], steps: int, d: int) -> tuple[nda
     return noise, np.log(np.stack([s.random(steps) for s in streams]))
 
 
-def _advance(problem: Problem, job: slice, rate: float) -> Advance:
+def _advance(problem: Problem, job: slice, rate: float, name: str) -> Advance:
     """How the chains of a job advance: (here, roots, noise, log_coins, every) -> `walk`'s."""
     posterior, weights = problem.posterior, problem.weights[job].astype(float)
     risk = posterior.risk
     if not isinstance(risk, LinearRisk):
-        return partial(_lock_step, problem, weights, rate)
+        return partial(_kept_steps, problem, weights, rate, name, itertools.count())
     from hakari.inference.gibbs.walk_kernel import prior_arrays, walk
 
     weights = weights if risk.weights is None else weights * risk.weights
@@ -211,21 +217,54 @@ def _advance(problem: Problem, job: slice, rate: float) -> Advance:
     return partial(walk, *loss, weights, at, prior, rate)
 
 
-def _lock_step(
+def _kept_steps(
     problem: Problem,
     weights: ndarray,
     rate: float,
+    name: str,
+    number: Iterator[int],
     here: ndarray,
     roots: ndarray,
     noise: ndarray,
     log_coins: ndarray,
     every: int,
 ) -> tuple[ndarray, ndarray, ndarray]:
-    """As `walk`, all chains together: one call of the loss a step."""
+    """As `_lock_step`, in pieces that are kept: the noise is the seed's, and drawn again.
+
+    number: of the next piece of these chains.
+    """
+    size, parts = max(1, KEPT // every) * every, []
+    loss = np.empty(0)
+    for s in range(0, noise.shape[1], size):
+        chance = noise[:, s : s + size], log_coins[:, s : s + size]
+        steps = partial(_lock_step, problem, weights, rate, here, loss, roots, *chance, every)
+        parts.append(problem.cache.part(name, next(number), steps))
+        here, loss = parts[-1][:, -1, :-2], parts[-1][:, -1, -2]
+    found = np.concatenate(parts, axis=1)
+    accepted = sum(part[:, -1, -1] for part in parts)
+    return found[..., :-2], found[..., -2], np.asarray(accepted / noise.shape[1])
+
+
+def _lock_step(
+    problem: Problem,
+    weights: ndarray,
+    rate: float,
+    here: ndarray,
+    loss: ndarray,
+    roots: ndarray,
+    noise: ndarray,
+    log_coins: ndarray,
+    every: int,
+) -> Float[ndarray, "C S/every d+2"]:
+    """States as of `walk`, their losses, and the steps so far that were accepted.
+
+    All chains together: one call of the loss a step. loss (C,): that of `here`, or empty.
+    """
     C, S, d = noise.shape
     log_prior = problem.posterior.log_prior
-    states, losses = np.empty((C, S // every, d)), np.empty((C, S // every))
-    loss, density, count = _losses(problem, weights, here), log_prior(here), np.zeros(C)
+    out, count = np.empty((C, S // every, d + 2)), np.zeros(C)
+    loss = loss if len(loss) else _losses(problem, weights, here)
+    density = log_prior(here)
     for s in range(S):
         there = here + np.einsum("cde,ce->cd", roots, noise[:, s])
         other, other_density = _losses(problem, weights, there), log_prior(there)
@@ -233,8 +272,8 @@ def _lock_step(
         here, loss = np.where(yes[:, None], there, here), np.where(yes, other, loss)
         density, count = np.where(yes, other_density, density), count + yes
         if (s + 1) % every == 0:
-            states[:, s // every], losses[:, s // every] = here, loss
-    return states, losses, count / S
+            out[:, s // every] = np.column_stack([here, loss, count])
+    return out
 
 
 def _losses(problem: Problem, weights: ndarray, theta: ndarray) -> Float[ndarray, " C"]:

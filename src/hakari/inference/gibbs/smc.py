@@ -25,6 +25,7 @@ from hakari.inference.gibbs.lockstep import walk
 from hakari.inference.gibbs.risk import LinearRisk
 from hakari.inference.gibbs.target import Target, free_positions
 from hakari.inference.prior import prior_draws
+from hakari.inference.workers import workers
 
 LEAST = 1000  # particles of a run
 SHARE = 0.5  # of the particles, effective, at the next rung
@@ -163,7 +164,7 @@ def _evaluated(target: Target, u: Float[ndarray, "N d"]) -> Float[ndarray, " N"]
         return target.log_density(u)
     parts = [u[i : i + JOB] for i in range(0, len(u), JOB)]
     worth = len(u) * risk.n * target.d > WORTH
-    jobs = min(len(parts), int(joblib.effective_n_jobs(-1))) if worth else 1
+    jobs = workers(len(parts)) if worth else 1
     if jobs == 1:
         return np.concatenate([target.log_density(part) for part in parts])
     work = joblib.delayed(target.log_density)

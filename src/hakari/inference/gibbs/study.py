@@ -48,7 +48,8 @@ class Study:
     """What is asked of which data, as typed; `data` may also be a frame in memory, with a name.
 
     rate: the learning rate that the calibrated one is compared with. coefficients: those that
-    `marginal` regions are of; all when empty. block, m: None for the scheme's own.
+    `marginal` regions are of; all when empty. block, m: None for the scheme's own. cache: a folder,
+    as of `calibrate`.
     """
 
     formula: str
@@ -71,6 +72,7 @@ class Study:
     seed: int = 1
     level: float = 0.95
     data_name: str = ""
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         parse_loss(self.loss)
@@ -131,7 +133,7 @@ class Findings:
 
     @property
     def rates(self) -> dict[str, float]:
-        """The learning rate of each coefficient that is shown."""
+        """The learning rate of each coefficient that is shown; NaN where none was found."""
         cal = self.calibration
         if self.study.region != "marginal":
             return dict.fromkeys(self.plain.parameters, cal.learning_rate)
@@ -196,6 +198,7 @@ def find(
         coefficients=study.coefficients or None,
         block=study.block,
         m=study.m,
+        cache=study.cache,
         progress=progress,
     )
     draws = _drawn(study, cal, progress, keep)
@@ -263,7 +266,8 @@ def _drawn(
 ) -> dict[float, xr.DataTree]:
     """Draws at the smallest rate, the other coefficients' rates, and the rate to compare with."""
     out: dict[float, xr.DataTree] = {}
-    for rate in dict.fromkeys([cal.learning_rate, *(f.rate for f in cal.found), study.rate]):
+    own = [f.rate for f in cal.found if f.solved]
+    for rate in dict.fromkeys([cal.learning_rate, *own, study.rate]):
         one = cal.posterior.at_rate(rate)
         out[rate] = sample(one, "auto", study.draws, study.chains, study.seed, progress=progress)
         if keep is not None and len(out) == 1:

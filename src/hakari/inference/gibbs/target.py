@@ -18,7 +18,8 @@ from scipy.linalg import solve_triangular
 from scipy.optimize import minimize
 
 from hakari.inference.gibbs.posterior import GibbsPosterior
-from hakari.inference.gibbs.risk import AT_ONCE, LinearRisk, Risk
+from hakari.inference.gibbs.risk import LinearRisk
+from hakari.inference.gibbs.sandwich import GradientError
 from hakari.inference.prior import PriorBlock
 
 ROUNDS = 100  # of the form's centre under a Student prior, and of the search for widths
@@ -50,7 +51,7 @@ class Target:
 def density_at(posterior: GibbsPosterior, theta: Float[ndarray, "M d"]) -> Float[ndarray, " M"]:
     """Log π_η at θ (M, d), −inf where the loss is too large for a number."""
     with np.errstate(over="ignore", invalid="ignore"):
-        value = -posterior.learning_rate * _totals(posterior.risk, theta)
+        value = -posterior.learning_rate * posterior.risk.totals(theta)
     return np.asarray(np.where(np.isnan(value), -np.inf, value) + posterior.log_prior(theta))
 
 
@@ -64,6 +65,8 @@ def target_of(posterior: GibbsPosterior) -> Target:
             curvature = posterior.sandwich.curvature
             centre = _centre(posterior, curvature)
             return Target(posterior, centre, _factor(posterior, curvature, centre), True)
+        except GradientError:
+            raise
         except ValueError:  # the loss jumps, or has no minimum that it curves at
             centre, risk = _mode(posterior), posterior.risk
         if isinstance(risk, LinearRisk) and risk.loss.smooth and not free_positions(posterior):
@@ -89,20 +92,6 @@ def prior_target(posterior: GibbsPosterior) -> Target:
 
 
 # --- parts --------------------------------------------------------------------------------
-
-
-def _totals(risk: Risk, theta: Float[ndarray, "M d"]) -> Float[ndarray, " M"]:
-    """Total losses; inf where a function's are, which far proposals meet and are not taken."""
-    try:
-        return risk.totals(theta)
-    except ValueError:
-        if isinstance(risk, LinearRisk):
-            raise
-    step = max(1, AT_ONCE // risk.n)
-    blocks = (theta[i : i + step] for i in range(0, len(theta), step))
-    found = np.concatenate([risk.loss.values(block, risk.rows).sum(axis=1) for block in blocks])
-    unknown = np.isnan(found) | (found == -np.inf)
-    return risk.totals(theta[unknown]) if unknown.any() else found  # which names the row
 
 
 def _centre(posterior: GibbsPosterior, curvature: ndarray) -> Float[ndarray, " d"]:

@@ -25,10 +25,12 @@ from hakari.inference.gibbs.particles import effective, normalised
 from hakari.inference.gibbs.simulation import ACCEPTED, Simulated, as_made
 from hakari.inference.prior import prior_draws
 from hakari.inference.sampling import generator
+from hakari.inference.workers import workers
 
 SHRINKAGE = 0.5  # effective over actual size of the weights of a rung, at least in any data set
 FORGOTTEN = 0.8  # of the squared distance of independent particles, before moves end
 MOST = 200  # moves of a rung
+USUAL = 16  # the same, as tasks are sized for
 DOUBLINGS = 30  # of the rate between two rungs, at most
 LARGEST = 1e30  # a loss: single precision holds no more, and its weight is 0
 
@@ -92,7 +94,7 @@ def _from_student(problem: Problem, rate: float) -> tuple[Simulated, Float[ndarr
 def _weighed(problem: Problem, theta: Float[ndarray, "B N d"]) -> Simulated:
     """Draws as a cloud of rate 0, with their losses."""
     B, N = theta.shape[:2]
-    jobs = [slice(i, min(i + clouds.JOB, B)) for i in range(0, B, clouds.JOB)]
+    jobs = clouds.tasks(problem.posterior, B, N)
     name = digest("first cloud", theta)
     parts = _parallel(
         problem,
@@ -135,10 +137,10 @@ def _moved(
     """The cloud at another rate: resampled by its weights, then moved."""
     particles, weights = made.groups[0][1], normalised(log_weight.astype(float))
     theta = particles.centres[:, None] + particles.offsets
-    jobs = [slice(i, i + clouds.JOB) for i in range(0, len(theta), clouds.JOB)]
+    jobs = clouds.tasks(problem.posterior, len(theta), USUAL * theta.shape[1])
     parts = _parallel(
         problem,
-        [digest(f"rung {rung} {rate} {problem.seed}", theta[j], weights[j]) for j in jobs],
+        [digest(f"rung {rung} {rate} {problem.seed} {j}", theta[j], weights[j]) for j in jobs],
         [partial(_job, problem, j, rate, theta[j], weights[j], rung) for j in jobs],
     )
     found = np.concatenate(parts)
@@ -217,6 +219,6 @@ def _parallel(
     problem: Problem, names: list[str], jobs: list[Callable[[], ndarray]]
 ) -> list[ndarray]:
     work = joblib.delayed(problem.cache.kept)
-    pool = joblib.Parallel(n_jobs=clouds._workers(len(jobs)), prefer="threads")
+    pool = joblib.Parallel(n_jobs=workers(len(jobs)), prefer="threads")
     with threadpool_limits(1, user_api="blas"):  # small matrices
         return list(pool(work(name, job) for name, job in zip(names, jobs, strict=True)))
