@@ -131,7 +131,7 @@ def test_workers_change_nothing(method, monkeypatch):
     y, X = ar1(200), np.column_stack([np.ones(200), chance("x").standard_normal(200)])
     found = []
     for workers in (1, 3):
-        monkeypatch.setattr(clouds, "_workers", lambda jobs, w=workers: w)
+        monkeypatch.setattr(clouds, "workers", lambda jobs, w=workers: w)
         posterior = hi.GibbsPosterior(losses.quantile(0.4), (y, X))
         result = hi.calibrate(posterior, region="ellipse", replicates=200, method=method, seed=3)
         found.append(result.found[0])
@@ -142,7 +142,7 @@ def test_workers_change_nothing(method, monkeypatch):
 
 @pytest.mark.parametrize("method", ["shift", "cloud"])
 def test_an_interrupted_calibration_goes_on_from_its_cache(method, tmp_path, monkeypatch):
-    monkeypatch.setattr(clouds, "_workers", lambda jobs: 1)
+    monkeypatch.setattr(clouds, "workers", lambda jobs: 1)
     monkeypatch.setattr(clouds, "BLOCK", 2**14)  # many small blocks, as of large data
     calls, last = [0], [np.inf]
 

@@ -13,7 +13,7 @@ import hakari.inference as hi
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gibbs_coverage as study
 
-REPLICATIONS = 150
+REPLICATIONS = 100
 CELLS = [(design, n) for design in study.DESIGNS for n in design.sizes]
 
 

@@ -135,8 +135,8 @@ def test_workers_and_a_cache_change_nothing(method, monkeypatch, tmp_path):
     found = []
     settings = {"level": LEVEL, "method": method, "replicates": 100, "particles": 256}
     for workers in (1, 2):
-        for module in (simulation, clouds):
-            monkeypatch.setattr(module, "_workers", lambda jobs, workers=workers: workers)
+        for module in (simulation, clouds, tempered_clouds):
+            monkeypatch.setattr(module, "workers", lambda jobs, workers=workers: workers)
         found.append(hi.calibrate(location(), cache=tmp_path / str(workers), **settings).found[0])
     for module, name in ((simulation, "_chains"), (tempered_clouds, "_job")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("losses are computed again"))

@@ -78,8 +78,8 @@ def test_disagreeing_instruments_are_a_warning():
 def test_an_alarm_is_a_warning(strong):
     model = SimpleNamespace(alarm=Alarm(70_000, 0.01))
     assert cares(replace(strong, model=model)) == [
-        "Along the stream the effects changed before row 70,000 (false alarms in a whole stream: "
-        "1%)."
+        "Along the stream the effects, or what is held against them, changed before row 70,000 "
+        "(false alarms in a whole stream: 1%)."
     ]
 
 
