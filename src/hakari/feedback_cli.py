@@ -92,7 +92,7 @@ def feedback(
     missing: str
         Rows in which a used column is missing: raise (an error that counts them) or drop.
     one_pass: bool
-        Read rows once, in order, instead of five times: Ctrl-C then keeps the rows so far, and
+        Read rows once, in order, instead of six times: Ctrl-C then keeps the rows so far, and
         changes of the effects are watched for.
     half_life: float
         Rows after which a row counts half; in one pass.

@@ -230,7 +230,7 @@ def test_a_loss_that_jumps_has_no_sandwich_to_adjust_to():
     x = chance("x").standard_normal(300)
     y = np.where(chance("classes").random(300) < np.where(x > 0.4, 0.8, 0.2), 1.0, -1.0)
     own = hi.GibbsPosterior(losses.threshold(), (x, y), hi.Normal(0.0, 4.0), start=[0.4])
-    empty = (np.empty(0), 0.0, (), None)  # spectrum, seconds, notes, sandwich
+    empty = (0.0, (), None)  # seconds, notes, sandwich
     cal = hi.Calibration(own, 0.95, "m-out-of-n", "gpc-wp", "", (), *empty)
     theta = own.minimiser + chance("draws").standard_normal((1, 200, 1))
     data = xr.Dataset({"theta": (("chain", "draw", "coefficient"), theta)})

@@ -12,6 +12,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PolynomialFeatures
 
 import hakari.inference as hi
+from hakari.inference.bidirectional.confidence_set import confidence_set
+from hakari.inference.bidirectional.effects import _inverted
+from hakari.inference.bidirectional.identification import identification
+from hakari.inference.bidirectional.rows import Columns, read, spread_rows
 from hakari.inference.bidirectional.structure import mirror
 from tests.bidirectional_designs import EFFECTS, system, table
 
@@ -144,6 +148,57 @@ def test_where_the_ratio_is_constant_no_point_is_given_without_asking():
     assert np.isfinite(anyway.estimate).all() or not anyway.solution.roots.exists
 
 
+def test_a_root_that_the_set_cannot_tell_from_its_mirror_is_not_picked():
+    """A common shock whose variance moves too: strong moments, and a set that reaches ab = 1."""
+    draw, n = np.random.default_rng(3), 4000
+    season, warmth = np.sin(draw.uniform(0, 2 * np.pi, n)), draw.standard_normal(n)
+    cost, taste, both = 0.2 * draw.standard_normal((3, n))
+    both = 4 * both * np.exp(season)
+    u = np.stack([cost * np.exp(-0.6 * season), taste * np.exp(0.4 * warmth)]) + both
+    p, q = np.linalg.solve([[1, -0.3], [0.8, 1]], u)
+    data = {"p": p, "q": q, "u": season, "v": warmth}
+    found = model(covariance="constant").fit(data)
+    moments = found._assumptions.moments(found._summed.sums)
+    assert identification(moments, index=found._summed.ratio).identified
+    assert confidence_set(moments).edges == ("ab = 1",)
+    told = found.identification()
+    assert not told.identified
+    assert told.reasons == ("the 95% set reaches ab = 1: the rule |ab| < 1 does not pick a root",)
+    assert np.isnan(found.effects().estimate).all()
+
+
+def test_a_triangular_system_needs_no_ratio_that_moves():
+    draw = np.random.default_rng(8)
+    u, v, p, q = draw.standard_normal((4, 6000))
+    data = {"p": 0.5 * q + p, "q": q, "u": u, "v": v}
+    found = model(restrict="b=0").fit(data)
+    assert not model().fit(data).identification().identified
+    assert found.identification().identified
+    gap = found.effects().estimate[0] - 0.5
+    assert abs(gap) < 4 * found.effects().std_error[0]
+
+
+def test_at_the_mirror_the_table_shows_the_set_on_its_side():
+    row = model(root="mirror").fit(DATA).effects().table.loc["q on p"]
+    assert row["set_lower"] < row["lower"] < row["estimate"] < row["upper"] < row["set_upper"]
+    assert _inverted(((-0.5, 0.25),)) == ((-np.inf, -2.0), (4.0, np.inf))
+    assert _inverted(((0.0, 0.5), (-1.0, -0.5))) == ((-2.0, -1.0), (2.0, np.inf))
+
+
+def test_figures():
+    fitted = model().fit(DATA)
+    axis = fitted.plot_ratio(DATA).axes[0]
+    assert axis.get_xlabel() == "u"  # 3 sin 2u - v: u moves it more
+    line = max(axis.lines, key=lambda one: len(one.get_xdata()))
+    truth = 3 * np.sin(2 * line.get_xdata())
+    shape = np.asarray(line.get_ydata()) - np.mean(line.get_ydata())
+    assert np.abs(shape - (truth - truth.mean())).max() < 0.6
+    once = model().fit(pa.table(DATA).to_reader(max_chunksize=1000))
+    drawn = once.plot_path().axes[0].lines[0]
+    np.testing.assert_array_equal(drawn.get_ydata(), once.path["a"])
+    assert len(fitted.effects().plot().axes) == 2
+
+
 # --- data and conventions ---------------------------------------------------------------------
 
 
@@ -218,6 +273,39 @@ def test_data_that_do_not_fit():
         model().fit(DATA | {"p": np.full(6000, 2.0)})
     with refused("0 rows so far, and 1,000 are needed"):
         model().effects()
+
+
+@pytest.mark.parametrize("rows", [1000, 3000, 7000])
+def test_rows_are_spread_over_all_blocks(rows):
+    data = {"p": np.arange(7001.0), "q": np.arange(7001.0), "u": np.zeros(7001)}
+    columns = Columns("p", "q", ("u",))
+    whole = next(read(data, columns))
+    blocks = [whole.cut(i, i + 500) for i in range(0, 7001, 500)]
+    kept = spread_rows(blocks, rows).y[:, 0]
+    gaps = np.diff(kept)
+    assert len(kept) == rows
+    assert kept[0] == 0
+    assert kept[-1] > 7000 - 2 * 7001 / rows
+    assert 0 < gaps.min() <= gaps.max() <= 2 * np.ceil(7001 / rows)
+    with refused("the data have no rows"):
+        spread_rows(iter([]), rows)
+
+
+def test_an_empty_model_takes_what_another_has_learned():
+    fitted, empty = model().fit(DATA), model()
+    assert fitted.merge(model()) is fitted
+    assert empty.merge(fitted).effects().estimate == fitted.effects().estimate
+    half = model().partial_fit({name: column[:1500] for name, column in DATA.items()})
+    once = model().fit(pa.table(DATA).to_reader(max_chunksize=1000))
+    assert half.merge(once).rows == 7500
+    assert half._waiting == []
+    with refused("does not merge with itself"):
+        half.merge(half)
+
+
+def test_a_method_that_is_set_later_is_not_what_was_learned():
+    with refused("method was set to 'online-qml' after learning: fit again"):
+        model().fit(DATA).set_params(method="online-qml").effects()
 
 
 def test_what_may_not_follow_what():

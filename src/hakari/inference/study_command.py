@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xarray as xr
 from rich.console import Console
 
 from hakari import run
@@ -14,7 +14,24 @@ from hakari.inference.patience import COMPILING, patience
 from hakari.inference.result import save
 from hakari.terminal import INTERRUPTED, terminal, to_json
 
-Keep = Callable[[xr.DataTree], None]
+Keep = Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is written before the report, so that Ctrl-C does not lose it.
+
+    file: in the run folder; what: it is called; write: it to a path; then: what a person is told
+    of an answer that was cut short, with {folder}.
+    """
+
+    file: str
+    what: str
+    write: Callable[[Any, Path], None]
+    then: str
+
+
+DRAWS = Kept("posterior.nc", "draws are", save, "the draws so far were written")
 
 
 def answer_study(
@@ -26,26 +43,27 @@ def answer_study(
     record: Callable[[Any], dict[str, Any]],
     show: Callable[[Any, Console], None],
     waiting: str = COMPILING,
+    kept: Kept = DRAWS,
 ) -> int:
     """Find, write and print; returns the exit status. A refusal leaves no folder behind.
 
-    find: gets what keeps the draws as soon as they are there, and returns the findings, which say
-    whether they were `interrupted`. write_run: returns the report's path. waiting: what a person
-    reads when it takes long.
+    find: gets what keeps the draws (or `kept`) as soon as they are there, and returns the findings,
+    which say whether they were `interrupted`. write_run: returns the report's path. waiting: what a
+    person reads when it takes long.
     """
     folder = run.new_run(name, out)
-    draws = folder / "posterior.nc"
+    file = folder / kept.file
     try:
         with patience(waiting):
-            found = find(lambda result: save(result, draws))
+            found = find(lambda result: kept.write(result, file))
         report = write_run(found, folder)
     except KeyboardInterrupt:
-        if not draws.exists():
+        if not file.exists():
             raise
-        _say(f"interrupted; the draws are in {draws}, without a report")
+        _say(f"interrupted; the {kept.what} in {file}, without a report")
         return INTERRUPTED
     except (ValueError, TypeError):
-        draws.unlink(missing_ok=True)  # what cannot be shown is refused like any other
+        file.unlink(missing_ok=True)  # what cannot be shown is refused like any other
         raise
     finally:
         run.discard(folder)
@@ -55,7 +73,7 @@ def answer_study(
         show(found, terminal())
         print(report)
     if found.interrupted:
-        _say("interrupted; the draws so far were written")
+        _say(f"interrupted; {kept.then.format(folder=folder)}")
         return INTERRUPTED
     return 0
 

@@ -19,40 +19,22 @@ from hakari.inference.bidirectional.report import (
     verdict,
 )
 from hakari.inference.bidirectional.study import MODEL, Findings, Study, find
-from hakari.inference.patience import patience
 from hakari.inference.result import save
+from hakari.inference.study_command import Keep, Kept, answer_study
 from hakari.report import write_report
 from hakari.run import versions
-from hakari.terminal import INTERRUPTED, grid, terminal, to_json
+from hakari.terminal import grid
+
+KEPT = Kept(MODEL, "model is", lambda model, path: model.save(path), "go on with --resume {folder}")
 
 
 def answer(study: Study, out: Path | None, resume: Path | None, json: bool) -> int:
     """Find, write and print; returns the exit status. A refusal leaves no folder behind."""
-    folder = run.new_run("feedback", out)
-    kept = folder / MODEL
-    try:
-        with patience():
-            found = find(study, resume, progress=True, keep=lambda model: model.save(kept))
-        report = write_run(found, folder)
-    except KeyboardInterrupt:
-        if not kept.exists():
-            raise
-        _say(f"interrupted; the model is in {kept}, without a report")
-        return INTERRUPTED
-    except (ValueError, TypeError):
-        kept.unlink(missing_ok=True)  # what cannot be answered is refused like any other
-        raise
-    finally:
-        run.discard(folder)
-    if json:
-        print(to_json(record(found) | {"run": str(folder), "report": str(report)}))
-    else:
-        show(found, terminal())
-        print(report)
-    if found.interrupted:
-        _say(f"interrupted; go on with --resume {folder}")
-        return INTERRUPTED
-    return 0
+
+    def finding(keep: Keep) -> Findings:
+        return find(study, resume, progress=True, keep=keep)
+
+    return answer_study("feedback", out, json, finding, write_run, record, show, kept=KEPT)
 
 
 def write_run(found: Findings, folder: Path) -> Path:
@@ -105,6 +87,7 @@ def record(found: Findings) -> dict[str, Any]:
     """Everything that the tables show, as numbers; NaN and infinity where there is none."""
     study, effects, kept = found.study, found.effects, found.set
     told, alarm = found.identification, found.model.alarm
+    inside = effects.set_intervals(study.level)
     return {
         "data": study.source,
         "rows": effects.evidence.rows,
@@ -121,10 +104,10 @@ def record(found: Findings) -> dict[str, Any]:
         "set": {
             "kind": kept.kind,
             "df": kept.df,
-            "a": kept.a,
-            "b": kept.b,
+            "a": inside[0],
+            "b": inside[1],
             "reaches": kept.edges,
-            "text": kept.text,
+            "text": effects.set_text(study.level),
         },
         "identification": {
             "identified": told.identified,
@@ -158,7 +141,3 @@ def config(found: Findings) -> dict[str, Any]:
         "output": {"interrupted": found.interrupted},
         "versions": versions(*PACKAGES),
     }
-
-
-def _say(text: str) -> None:
-    Console(stderr=True).print(f"hakari: {text}", soft_wrap=True)

@@ -129,8 +129,14 @@ class Effects:
 
     def confidence_set(self, level: float = 0.95) -> ConfidenceSet:
         """The Anderson-Rubin set of both effects; it may be unbounded, and says so."""
-        moments = self.assumptions.moments(self.evidence.sums)
-        return confidence_set(moments, level, self.assumptions.restrict)
+        if level not in self._sets:
+            moments = self.assumptions.moments(self.evidence.sums)
+            self._sets[level] = confidence_set(moments, level, self.assumptions.restrict)
+        return self._sets[level]
+
+    @cached_property
+    def _sets(self) -> dict[float, ConfidenceSet]:
+        return {}
 
     def set_intervals(self, level: float = 0.95) -> tuple[Intervals, Intervals]:
         """Intervals into which the confidence set projects, of a and of b, at the root's side.
@@ -141,6 +147,11 @@ class Effects:
         if self.root == "stable":
             return found.a, found.b
         return _inverted(found.b), _inverted(found.a)
+
+    def set_text(self, level: float = 0.95) -> str:
+        """The confidence set in words, which are about its part with |ab| < 1."""
+        text = self.confidence_set(level).text
+        return text if self.root == "stable" else f"{text} (the points with |ab| < 1)"
 
     @cached_property
     def multipliers(self) -> pd.DataFrame:
@@ -175,12 +186,21 @@ class Effects:
         return np.array(out).reshape(-1, 2)
 
     @property
-    def table(self) -> pd.DataFrame:
-        """A row an effect: estimate, standard error, 95 % interval, set's ends, other root."""
+    def labels(self) -> tuple[str, str]:
+        """Of the effects a and b."""
         one, two = self.names
-        ends, inside = self.interval(), self.set_intervals()
+        return f"{two} on {one}", f"{one} on {two}"
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """`table_at` 95 %."""
+        return self.table_at(0.95)
+
+    def table_at(self, level: float) -> pd.DataFrame:
+        """A row an effect: estimate, standard error, interval, set's ends, other root."""
+        ends, inside = self.interval(level), self.set_intervals(level)
         rows = {}
-        for j, name in enumerate([f"{two} on {one}", f"{one} on {two}"]):
+        for j, name in enumerate(self.labels):
             low = inside[j][0][0] if inside[j] else np.nan
             high = inside[j][-1][1] if inside[j] else np.nan
             rows[name] = {
@@ -206,11 +226,9 @@ class Effects:
             raise ValueError("no draws: fit with bootstraps=200 or more")
         import xarray as xr
 
-        one, two = self.names
-        names = [f"{two} on {one}", f"{one} on {two}"]
         data = xr.Dataset(
             {"effect": (("chain", "draw", "of"), self.draws[None])},
-            {"chain": [0], "draw": np.arange(len(self.draws)), "of": names},
+            {"chain": [0], "draw": np.arange(len(self.draws)), "of": list(self.labels)},
         )
         return xr.DataTree.from_dict({"/posterior": data})
 
@@ -230,7 +248,7 @@ class Effects:
             lines += [self._about_root]
         else:
             lines += [f"no point estimate of {two} on {one} and {one} on {two}"]
-        lines += [self.confidence_set().text, str(self.identification)]
+        lines += [self.set_text(), str(self.identification)]
         return "\n".join(lines)
 
 

@@ -41,11 +41,10 @@ class Grams:
         )
         for k in range(folds):
             at = np.flatnonzero(fold == k)
-            for i in range(0, len(at), PIECE):
-                phi, y = features[at[i : i + PIECE]], targets[at[i : i + PIECE]]
-                out.gram[k] += phi.T @ phi
-                out.cross[k] += phi.T.astype(float) @ y
-            out.squares[k] = (targets[at] ** 2).sum(axis=0)
+            phi, y = features[at], targets[at]
+            out.gram[k] = product(phi)
+            out.cross[k] = phi.T.astype(float) @ y
+            out.squares[k] = (y**2).sum(axis=0)
             out.rows[k] = len(at)
         return out
 
@@ -56,10 +55,6 @@ class Grams:
             self.squares + other.squares,
             self.rows + other.rows,
         )
-
-    def scaled(self, factor: float) -> Grams:
-        """The sums with every row's weight times factor."""
-        return Grams(*(factor * part for part in (self.gram, self.cross, self.squares, self.rows)))
 
 
 @dataclass(frozen=True)
@@ -95,6 +90,15 @@ class Heads:
     def predict(self, features: Float[ndarray, "n P"]) -> Float[ndarray, "n t"]:
         """Predictions by the heads of all rows."""
         return np.asarray(features @ self.coefficients[-1])
+
+
+def product(phi: Float[ndarray, "n P"]) -> Float[ndarray, "P P"]:
+    """φ'φ, in single precision over at most `PIECE` rows."""
+    out = np.zeros((phi.shape[1], phi.shape[1]))
+    for i in range(0, len(phi), PIECE):
+        part = phi[i : i + PIECE]
+        out += part.T @ part
+    return out
 
 
 def folds_of(rows: int, folds: int) -> Int[ndarray, " n"]:

@@ -7,9 +7,7 @@ effects -> `Effects` from the sums alone. The conventions are scikit-learn's.
 from __future__ import annotations
 
 import inspect
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +35,7 @@ from hakari.inference.bidirectional.rows import (
 from hakari.inference.bidirectional.settings import checked
 from hakari.inference.bidirectional.single_equation import single_equation
 from hakari.inference.bidirectional.stream import Forgetting, Stream
+from hakari.inference.patience import told
 from hakari.inference.tables import Missing
 
 Covariance = Literal["zero", "constant"]
@@ -175,6 +174,9 @@ class BidirectionalEffects:
             raise ValueError("a model does not merge with itself: its rows would count twice")
         if not other.rows:
             return self
+        if not self.rows:
+            self._copy(other)
+            return self
         mine, theirs = self._identity, other._identity
         if self._online is not None or other._online is not None:
             raise ValueError("models of method 'online-qml' do not merge: their steps do not add")
@@ -190,7 +192,8 @@ class BidirectionalEffects:
             for rows in other._waiting:
                 self._take(rows)
         elif self._stream is None:
-            waiting, self._stream = self._waiting, other._stream
+            waiting = self._waiting
+            self._copy(other)
             for rows in waiting:
                 self._take(rows)
         else:
@@ -219,6 +222,8 @@ class BidirectionalEffects:
     def _solution(self, evidence: Evidence) -> Solution:
         """The estimate by the method; sets and tests are those of the moments for all."""
         found = self._assumptions.solve(evidence.sums)
+        if (self.method == "online-qml") != (self._online is not None):
+            raise ValueError(f"method was set to {self.method!r} after learning: fit again")
         if self._online is not None:
             return found.moved(self._online.estimate, self._online.covariance)
         if self.method == "single-equation":
@@ -339,6 +344,12 @@ class BidirectionalEffects:
         self._stream, self._online = None, None
         self._waiting, self.interrupted = [], False
 
+    def _copy(self, other: BidirectionalEffects) -> None:
+        """What the other has learned; its settings stay its own."""
+        self._nuisance, self._evidence = other._nuisance, other._evidence
+        self._stream, self._online = other._stream, other._online
+        self._waiting = list(other._waiting)
+
     def _checked(self) -> tuple[Columns, Forgetting]:
         return checked(self.get_params())
 
@@ -418,21 +429,3 @@ class BidirectionalEffects:
         started = self._stream is not None or self._online is not None
         if not started and sum(len(rows) for rows in self._waiting) >= FEWEST:
             self._begin()
-
-
-@contextmanager
-def told(progress: bool) -> Iterator[Callable[[str, int], None]]:
-    """A line on the error stream: the pass, its rows so far, and rows a second."""
-    if not progress:
-        yield lambda name, rows: None
-        return
-    from rich.console import Console
-
-    began: dict[str, float] = {}
-    with Console(stderr=True).status("reading") as status:
-
-        def say(name: str, rows: int) -> None:
-            seconds = time.perf_counter() - began.setdefault(name, time.perf_counter() - 1e-3)
-            status.update(f"{name}: {rows:,} rows, {rows / seconds:,.0f} a second")
-
-        yield say

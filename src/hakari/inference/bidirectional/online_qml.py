@@ -34,11 +34,11 @@ from hakari.inference.bidirectional.online_steps import (
     step,
 )
 from hakari.inference.bidirectional.orthogonal_moments import DEPENDENT
-from hakari.inference.bidirectional.rows import Rows
+from hakari.inference.bidirectional.rows import Rows, spread_rows
 from hakari.inference.bidirectional.structure import effects_jacobian, to_uv
 from hakari.inference.sampling import generator
 
-WARM_UP = 20_000  # first rows, which say what directions and penalties are
+WARM_UP = 20_000  # rows over all data, which say what directions and penalties are
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +111,7 @@ def fit(
     of batches. tell: called with a pass and the rows that it has read. Raises ValueError for fewer
     rows than `begin` needs.
     """
-    nuisance, state = begin(nuisance, _first(blocks), settings)
+    nuisance, state = begin(nuisance, spread_rows(blocks(), WARM_UP), settings)
     states = [state] * FOLDS
     with threadpool_limits(1, user_api="blas"):
         for epoch in range(settings.epochs):
@@ -161,19 +161,6 @@ def partial(
 
 
 # --- passes -------------------------------------------------------------------------------------
-
-
-def _first(blocks: Blocks) -> Rows:
-    """The first rows, as many as the warm-up takes."""
-    parts: list[Rows] = []
-    for rows in blocks():
-        parts.append(rows)
-        if sum(map(len, parts)) >= WARM_UP:
-            break
-    if not parts:
-        raise ValueError("the data have no rows")
-    y, X = np.concatenate([p.y for p in parts]), np.concatenate([p.X for p in parts])
-    return Rows(y[:WARM_UP], X[:WARM_UP])
 
 
 def _epoch(

@@ -153,9 +153,10 @@ def _set_says(found: Findings) -> list[str]:
         return [f"No pair of effects agrees with all moments at {level}: the model is rejected."]
     if kept.kind == "all":
         return [f"At {level} no pair of effects is ruled out: the variances say nothing."]
+    inside = found.effects.set_intervals(found.study.level)
     spans = [
         f"{label} from {interval_text(ends)}"
-        for label, ends in zip(found.labels, (kept.a, kept.b), strict=True)
+        for label, ends in zip(found.labels, inside, strict=True)
         if not (kept.restrict and ends == ((0.0, 0.0),))
     ]
     ends = f"; it reaches {' and '.join(kept.edges)}" if kept.edges else ""

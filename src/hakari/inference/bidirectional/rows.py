@@ -29,13 +29,10 @@ class Rows:
 
     def cut(self, start: int, stop: int) -> Rows:
         """Rows from start to before stop."""
-        return self._at(slice(start, stop))
+        return self.taken(slice(start, stop))
 
-    def taken(self, rows: Int[ndarray, " m"]) -> Rows:
+    def taken(self, rows: Int[ndarray, " m"] | slice) -> Rows:
         """Rows by number."""
-        return self._at(rows)
-
-    def _at(self, rows: Any) -> Rows:
         regimes = None if self.regimes is None else self.regimes[rows]
         return Rows(self.y[rows], self.X[rows], regimes)
 
@@ -65,9 +62,13 @@ def read(data: Any, columns: Columns, missing: Missing = "raise") -> Iterator[Ro
     """Blocks of at most `tables.BLOCK_ROWS` rows, in order, read once.
 
     data: what `tables.open_table` knows: a frame, a dict of arrays, a path, Arrow, an iterable of
-    batches. missing: `raise`, or `drop` rows with missing values in a used column.
+    batches; rows that were read before come back as they are. missing: `raise`, or `drop` rows
+    with missing values in a used column.
     Raises ValueError for absent columns, text where numbers are needed, values not finite.
     """
+    if isinstance(data, Rows):
+        yield data
+        return
     wanted = Wanted((*columns.numbers, *([columns.regimes] if columns.regimes else [])))
     blocks, _ = tables.open_table(data, wanted)
     first = 0
@@ -112,18 +113,6 @@ def stacked(parts: Sequence[Rows]) -> Rows:
         np.concatenate([part.X for part in parts]),
         np.concatenate(regimes) if regimes else None,
     )
-
-
-def first_rows(blocks: Iterable[Rows], wanted: int) -> Rows:
-    """The first rows of blocks. Raises ValueError where there are none."""
-    kept: list[Rows] = []
-    for rows in blocks:
-        kept.append(rows)
-        if sum(len(part) for part in kept) >= wanted:
-            break
-    if not kept:
-        raise ValueError("the data have no rows")
-    return stacked(kept).cut(0, wanted)
 
 
 def _complete(

@@ -24,7 +24,7 @@ from scipy.linalg import cho_factor, cho_solve
 from hakari.inference.bidirectional.batch import evidence_of, fit
 from hakari.inference.bidirectional.drift import Monitor
 from hakari.inference.bidirectional.evidence import Assumptions, Evidence
-from hakari.inference.bidirectional.heads import PIECE
+from hakari.inference.bidirectional.heads import product
 from hakari.inference.bidirectional.nuisance import Nuisance, shocks
 from hakari.inference.bidirectional.rows import Rows
 from hakari.inference.sampling import generator
@@ -111,7 +111,7 @@ def begin(
     )
     phi = fitted.matrix(rows)
     heads = [h.coefficients[-1] for h in (fitted.means, fitted.variances) if h is not None]
-    gram, n = _product(phi), float(len(rows))
+    gram, n = product(phi), float(len(rows))
     stream = Stream(
         fitted,
         np.hstack(heads),
@@ -183,7 +183,7 @@ def _learned(
     heads = stream.heads + stream.inverse @ slope.astype(float) / weight
     gram, rows = stream.gram, stream.gram_rows
     if rows < KNOWN * len(gram) or stream.batches % SPARSE == 0:
-        gram, rows = kept * gram + _product(phi), kept * rows + len(phi)
+        gram, rows = kept * gram + product(phi), kept * rows + len(phi)
     stream = replace(stream, heads=heads, gram=gram, gram_rows=rows, weight=weight)
     if not 1 / AGAIN < rows / stream.inverse_rows < AGAIN:
         inverse = _inverse(gram, rows)
@@ -197,7 +197,7 @@ def _looked(stream: Stream, assumptions: Assumptions) -> Stream:
     a, b = found.estimate
     point = np.array([[stream.rows, a, b, *found.std_error]])
     path = np.vstack([stream.path, point])
-    path = path[::2] if len(path) > LONGEST else path
+    path = path[::-2][::-1] if len(path) > LONGEST else path  # the last point stays
     ratio = float(stream.nuisance.unit[1] / stream.nuisance.unit[0])
     effects = (a * ratio, b / ratio) if np.isfinite([a, b]).all() else stream.effects
     return replace(stream, effects=effects, path=path)
@@ -271,15 +271,6 @@ def _entered(
     while len(pieces) > 1 and sum(p.rows for p in pieces[1:]) >= forgetting.window:
         pieces = pieces[1:]
     return pieces
-
-
-def _product(phi: Float[ndarray, "n P"]) -> Float[ndarray, "P P"]:
-    """φ'φ, in single precision over at most `PIECE` rows."""
-    out = np.zeros((phi.shape[1], phi.shape[1]))
-    for i in range(0, len(phi), PIECE):
-        part = phi[i : i + PIECE]
-        out += part.T @ part
-    return out
 
 
 def _inverse(gram: ndarray, rows: float) -> Float[ndarray, "P P"]:

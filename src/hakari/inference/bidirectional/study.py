@@ -7,16 +7,13 @@ read here block by block, so that Ctrl-C keeps the rows so far and a later run g
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
 
-import numpy as np
 import pandas as pd
-from scipy.stats import norm
 
 from hakari.inference.bidirectional.confidence_set import ConfidenceSet
 from hakari.inference.bidirectional.effects import Effects
@@ -24,7 +21,7 @@ from hakari.inference.bidirectional.features import Features, Polynomial, Random
 from hakari.inference.bidirectional.identification import Identification
 from hakari.inference.bidirectional.model import BidirectionalEffects
 from hakari.inference.bidirectional.nuisance import FEWEST
-from hakari.inference.bidirectional.rows import Columns, Rows, read, stacked
+from hakari.inference.bidirectional.rows import Columns, Rows, read, spread_rows
 from hakari.inference.bidirectional.single_equation import SingleEquation, single_equation
 from hakari.inference.bidirectional.variance_ratio import (
     RatioCurve,
@@ -32,6 +29,7 @@ from hakari.inference.bidirectional.variance_ratio import (
     ratio_curves,
     regime_ratios,
 )
+from hakari.inference.patience import told
 from hakari.run import read_config
 
 MODEL = "model.npz"  # in the folder of a run
@@ -126,7 +124,7 @@ class Findings:
         """Whether the variances move apart enough, and the tests."""
         return self.effects.identification
 
-    @cached_property
+    @property
     def set(self) -> ConfidenceSet:
         """The Anderson-Rubin set at the level asked for."""
         return self.effects.confidence_set(self.study.level)
@@ -139,8 +137,7 @@ class Findings:
     @property
     def labels(self) -> tuple[str, str]:
         """Of the effects a and b."""
-        one, two = self.study.y1, self.study.y2
-        return f"{two} on {one}", f"{one} on {two}"
+        return self.effects.labels
 
     @property
     def speed(self) -> float:
@@ -150,23 +147,11 @@ class Findings:
     @cached_property
     def table(self) -> pd.DataFrame:
         """A row an effect: estimate, its error and interval, the set's ends, the other root."""
-        effects, half = self.effects, norm.ppf((1 + self.study.level) / 2)
-        rows = {}
-        for j, label in enumerate(self.labels):
-            inside, middle = (self.set.a, self.set.b)[j], effects.estimate[j]
-            error = effects.std_error[j]
-            rows[label] = {
-                "estimate": middle,
-                "std_error": error,
-                "lower": middle - half * error,
-                "upper": middle + half * error,
-                "set_lower": inside[0][0] if inside else np.nan,
-                "set_upper": inside[-1][1] if inside else np.nan,
-                "other_root": effects.other_root[j],
-                "single_equation": self.alone.estimate[j],
-                "single_equation_std_error": self.alone.std_error[j],
-            }
-        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("effect of")
+        alone = {
+            "single_equation": self.alone.estimate,
+            "single_equation_std_error": self.alone.std_error,
+        }
+        return self.effects.table_at(self.study.level).assign(**alone)
 
     @cached_property
     def ratios(self) -> tuple[RatioCurve, ...] | RegimeRatios:
@@ -222,7 +207,8 @@ def find(
         raise KeyboardInterrupt
     keep(model)  # before an answer begins with fewer rows than the warm-up
     effects = model.effects(study.anyway)
-    return Findings(study, model, effects, _sample(study, model), read_now, seconds, interrupted)
+    sample = spread_rows(_learned_from(study, model), SAMPLE)
+    return Findings(study, model, effects, sample, read_now, seconds, interrupted)
 
 
 # --- the model ------------------------------------------------------------------------------
@@ -265,11 +251,11 @@ def _streamed(study: Study, model: BidirectionalEffects, progress: bool) -> bool
 
     A block enters whole or not at all, so that the model's count of rows says where to go on.
     """
-    with _told(progress, model.rows) as tell:
+    with told(progress, model.rows) as tell:
         try:
             for rows in _after(_blocks(study), model.rows):
-                model.partial_fit(_as_table(study, rows))
-                tell(model.rows)
+                model.partial_fit(rows)
+                tell("one pass", model.rows)
         except KeyboardInterrupt:
             return True
     return False
@@ -290,38 +276,11 @@ def _after(blocks: Iterator[Rows], skipped: int) -> Iterator[Rows]:
         skipped = 0
 
 
-def _as_table(study: Study, rows: Rows) -> dict[str, Any]:
-    table: dict[str, Any] = {study.y1: rows.y[:, 0], study.y2: rows.y[:, 1]}
-    table |= {name: rows.X[:, j] for j, name in enumerate(study.covariates)}
-    return table | ({study.regimes: rows.regimes} if study.regimes else {})
-
-
-def _sample(study: Study, model: BidirectionalEffects) -> Rows:
-    """Rows evenly over those learned from, by one more reading."""
-    step, first, kept = max(model.rows // SAMPLE, 1), 0, []
+def _learned_from(study: Study, model: BidirectionalEffects) -> Iterator[Rows]:
+    """The rows that the model has, by one more reading."""
+    left = model.rows
     for rows in _blocks(study):
-        at = np.arange(-first % step, len(rows), step)
-        regimes = None if rows.regimes is None else rows.regimes[at]
-        kept.append(Rows(rows.y[at], rows.X[at], regimes))
-        first += len(rows)
-        if first >= model.rows:
-            break
-    return stacked(kept)
-
-
-@contextmanager
-def _told(progress: bool, before: int) -> Iterator[Callable[[int], None]]:
-    """A line on the error stream: rows so far, and rows a second since there were `before`."""
-    if not progress:
-        yield lambda rows: None
-        return
-    from rich.console import Console
-
-    begun = perf_counter()
-    with Console(stderr=True).status("reading") as status:
-
-        def tell(rows: int) -> None:
-            speed = (rows - before) / (perf_counter() - begun)
-            status.update(f"one pass: {rows:,} rows, {speed:,.0f} rows a second")
-
-        yield tell
+        yield rows.cut(0, left)
+        left -= min(left, len(rows))
+        if not left:
+            return

@@ -70,9 +70,8 @@ class Calibration:
     posterior: the Gibbs posterior at `learning_rate`, the smallest of the regions' rates, so that
     every region that has one covers at least at the level. found: one a region, each at its own
     rate, NaN where none was found.
-    why: of the method. spectrum: eigenvalues of J^(−1/2) K J^(−1/2), one over the large-sample
-    rate of each direction; empty for losses that jump. notes: what to know before trusting it.
-    sandwich: J, and K as the bootstrap has it; None for losses that jump.
+    why: of the method. notes: what to know before trusting it. sandwich: J, and K as the bootstrap
+    has it; None for losses that jump.
     """
 
     posterior: GibbsPosterior
@@ -81,7 +80,6 @@ class Calibration:
     method: str
     why: str
     found: tuple[Found, ...]
-    spectrum: Float[ndarray, " d"]
     seconds: float
     notes: tuple[str, ...] = field(default=())
     sandwich: Sandwich | None = None
@@ -95,6 +93,14 @@ class Calibration:
     def interval(self) -> tuple[float, float]:
         """90 % interval of the learning rate: bootstrap and Monte Carlo error together."""
         return min((f for f in self.found if f.solved), key=lambda each: each.rate).interval
+
+    @property
+    def spectrum(self) -> Float[ndarray, " d"]:
+        """Eigenvalues of J^(−1/2) K J^(−1/2), one over the large-sample rate of each direction.
+
+        Empty for losses that jump.
+        """
+        return np.empty(0) if self.sandwich is None else self.sandwich.spectrum
 
     @property
     def rates(self) -> pd.DataFrame:
@@ -259,7 +265,6 @@ def calibrate(
         size = (m or default_m(n)) / n
         found = tuple(f.scaled(size ** (1 / 3)) for f in found)
     sandwich = None if jumps else sandwich_under(posterior, bootstrap, block)
-    spectrum = np.empty(0) if sandwich is None else sandwich.spectrum
     return Calibration(
         posterior.at_rate(min(f.rate for f in found if f.solved)),
         level,
@@ -267,9 +272,8 @@ def calibrate(
         chosen,
         why,
         found,
-        spectrum,
         time.perf_counter() - began,
-        (*lacking, *notes(posterior, found, bootstrap, spectrum)),
+        (*lacking, *notes(posterior, found, bootstrap, sandwich)),
         sandwich,
     )
 

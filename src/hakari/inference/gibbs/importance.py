@@ -22,6 +22,7 @@ from hakari.inference.gibbs.cloud import Centres
 from hakari.inference.gibbs.particles import Particles, effective, normalised
 from hakari.inference.gibbs.posterior import GibbsPosterior
 from hakari.inference.gibbs.regions import Region, ranks
+from hakari.inference.gibbs.sandwich import Sandwich
 from hakari.inference.sampling import generator
 
 LEAST = 50  # effective particles of a data set
@@ -197,7 +198,7 @@ def shortfall(found: Found, posterior: GibbsPosterior, level: float) -> str:
 
 
 def notes(
-    posterior: GibbsPosterior, found: Sequence[Found], bootstrap: str, spectrum: ndarray
+    posterior: GibbsPosterior, found: Sequence[Found], bootstrap: str, sandwich: Sandwich | None
 ) -> Iterator[str]:
     """What to know before trusting the rates that were found."""
     if posterior.clusters is not None and bootstrap != "cluster":
@@ -212,6 +213,7 @@ def notes(
                 f"the particles of {failed(f):.1%} of the data sets do not reach for "
                 f"{f.region.label} (k-hat or effective size); method gpc simulates them instead"
             )
+    spectrum = np.empty(0) if sandwich is None else sandwich.spectrum
     if len(spectrum) > 1 and spectrum.max() > SPREAD * spectrum.min():
         marginal = solved[0].region.kind == "marginal"
         own = "the coefficients' intervals have" if marginal else "marginal regions have"
