@@ -171,6 +171,8 @@ def plot(report: Answer, path: Path) -> None:
     axes = figure.subplots(1, 4, sharey=True)
     for k, (R, j) in enumerate((R, j) for R in (1, 4) for j in range(2)):
         cells = [cell for cell in report["cells"] if cell["R"] == R]
+        if not cells:
+            continue  # a report that is under way
         for name in ESTIMATORS:
             y = [cell["estimators"][name]["rmse_over_bound"][j] for cell in cells]
             axes[k].plot([cell["n"] for cell in cells], y, "o-", label=name, markersize=4)

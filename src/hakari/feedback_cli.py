@@ -99,7 +99,8 @@ def feedback(
     window: float
         Rows after which a row does not count; in one pass.
     resume: Path
-        Folder of an earlier run in one pass with the same options: goes on after its rows.
+        Folder of an earlier run with the same options: one that Ctrl-C stopped goes on where it
+        was, one in one pass goes on after its rows.
     bootstraps: int
         Multiplier bootstraps of the estimates, written to posterior.nc.
     level: float

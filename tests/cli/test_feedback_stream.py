@@ -11,6 +11,7 @@ from hakari.inference import tables
 from hakari.inference.bidirectional.command import write_run
 from hakari.inference.bidirectional.features import RandomFourier
 from hakari.inference.bidirectional.model import BidirectionalEffects
+from hakari.inference.bidirectional.readings import Readings
 from hakari.inference.bidirectional.study import MODEL, Study, find
 
 from .test_demo import Page
@@ -103,6 +104,32 @@ def test_ctrl_c_in_the_report_says_where_the_model_is(type_in, folder, tmp_path,
     assert BidirectionalEffects.load(tmp_path / "cut" / "model.npz").rows == 3000
 
 
+def test_five_passes_that_ctrl_c_stopped_go_on(type_in, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "BLOCK_ROWS", 1500)
+    words = ["feedback", "--data", folder / "rows.csv", *ASKED, "--json"]
+    status, out, err = type_in(*words, "--out", "whole")
+    whole = strict(out)
+    with monkeypatch.context() as patch:
+        after = Readings.after
+
+        def stopped(readings, *more):
+            if (readings.done, readings.blocks) == (2, 1):
+                raise KeyboardInterrupt
+            return after(readings, *more)
+
+        patch.setattr(Readings, "after", stopped)
+        status, out, err = type_in(*words, "--out", "cut")
+    assert (status, out) == (130, "")
+    kept = "the model is in cut/model.npz, without a report; go on with --resume cut\n"
+    assert err.endswith(f"hakari: interrupted; {kept}")
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == ["model.npz"]
+    status, out, err = type_in(*words, "--resume", "cut", "--out", "on")
+    assert status == 0, err
+    found = strict(out)
+    for name in ("effects", "identification", "rows", "J", "set"):
+        assert found[name] == whole[name]
+
+
 @pytest.fixture(scope="module")
 def runs(folder):
     """Runs to go on from: one pass, and all at once."""
@@ -118,7 +145,7 @@ def runs(folder):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--resume", "lost"], "no config.toml in lost"),
+        (["--resume", "lost"], "no model at lost/model.npz"),
         (["--resume", "rest"], "rest has read its data several times"),
         (["--resume", "once"], "rows.csv has no rows after the 3,000 that once has learned from"),
         (["--resume", "once", "--seed", 2], "features is RandomFourier(count=20, seed=1"),

@@ -31,6 +31,10 @@ class Kept:
     then: str
 
 
+class Unfinished(KeyboardInterrupt):
+    """Ctrl-C cut short what goes on from what was kept."""
+
+
 DRAWS = Kept("posterior.nc", "draws are", save, "the draws so far were written")
 
 
@@ -48,8 +52,8 @@ def answer_study(
     """Find, write and print; returns the exit status. A refusal leaves no folder behind.
 
     find: gets what keeps the draws (or `kept`) as soon as they are there, and returns the findings,
-    which say whether they were `interrupted`. write_run: returns the report's path. waiting: what a
-    person reads when it takes long.
+    which say whether they were `interrupted`, or raises `Unfinished`. write_run: returns the
+    report's path. waiting: what a person reads when it takes long.
     """
     folder = run.new_run(name, out)
     file = folder / kept.file
@@ -57,10 +61,11 @@ def answer_study(
         with patience(waiting):
             found = find(lambda result: kept.write(result, file))
         report = write_run(found, folder)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if not file.exists():
             raise
-        _say(f"interrupted; the {kept.what} in {file}, without a report")
+        then = f"; {kept.then.format(folder=folder)}" if isinstance(stop, Unfinished) else ""
+        _say(f"interrupted; the {kept.what} in {file}, without a report{then}")
         return INTERRUPTED
     except (ValueError, TypeError):
         file.unlink(missing_ok=True)  # what cannot be shown is refused like any other

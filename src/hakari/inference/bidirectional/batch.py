@@ -7,15 +7,16 @@ moments with their inverses, which are the efficient instruments. Rows are alway
 did not see their fold. Design note bidirectional-effects, sections 2.3 and 2.6 C.
 
 A pass gives each block to a worker and adds the sums in the order of the blocks: the result is the
-same for any number of workers, to the bit.
+same for any number of workers, to the bit, and for a fit that was interrupted and went on.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import joblib
 import numpy as np
@@ -28,38 +29,73 @@ from hakari.inference.bidirectional.evidence import Assumptions, Evidence
 from hakari.inference.bidirectional.heads import Grams, folds_of, ridge
 from hakari.inference.bidirectional.identification import RatioSums
 from hakari.inference.bidirectional.nuisance import FOLDS, Nuisance, left_out, shocks
+from hakari.inference.bidirectional.readings import Blocks, Readings, digest
 from hakari.inference.bidirectional.rows import Rows
 from hakari.inference.sampling import generator
 from hakari.inference.workers import workers
 
-T = TypeVar("T")
-Blocks = Callable[[], Iterator[Rows]]
 Tell = Callable[[str, int], None]
+BEGUN = Readings()
+PASSES = ("means", "reduced-form variances", "first effects", "variances", "effects")
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Five passes as far as they have come; two with regimes, whose dummies are the instruments.
+
+    nuisance: with the heads of the passes that are done. sums: `Grams` or `Evidence` of the next
+    pass, over the blocks that `readings` counts; at the end, the evidence about the effects.
+    """
+
+    nuisance: Nuisance
+    readings: Readings = BEGUN
+    sums: Any = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the passes, in order."""
+        return (PASSES[0], PASSES[-1]) if self.nuisance.regimes else PASSES
+
+    @property
+    def where(self) -> str:
+        """How far it has come, in words."""
+        at = self.readings
+        return (
+            f"the fit was interrupted in reading {at.done + 1} of {len(self.names)}, after "
+            f"{at.rows:,} rows"
+        )
+
+    @property
+    def finished(self) -> bool:
+        """Whether all passes are done."""
+        return self.readings.done == len(self.names)
 
 
 def fit(
-    nuisance: Nuisance,
+    begun: Passes,
     assumptions: Assumptions,
     blocks: Blocks,
     bootstraps: int,
     seed: int,
     tell: Tell,
-) -> tuple[Nuisance, Evidence]:
+) -> Passes:
     """All passes over blocks that can be read again.
 
-    nuisance: with features only; tell: called with a pass and the rows that it has read.
-    Returns the nuisance with its heads, and the evidence about the effects.
+    begun: a nuisance with features only, or what an earlier call returned after Ctrl-C, which is
+    not `finished` and goes on from there with the same blocks. tell: called with a pass and the
+    rows that it has read. Raises ValueError for no rows, and for data that change between passes.
     """
-    run = partial(_reduced, blocks, tell)
-    nuisance = replace(nuisance, means=ridge(run("means", partial(_means, nuisance))))
-    if not assumptions.regimes:
-        logs = run("reduced-form variances", partial(_log_squares, nuisance))
-        nuisance = replace(nuisance, variances=ridge(logs))
-        first = run("first effects", partial(_evidence, nuisance, 0, seed))
-        nuisance = replace(nuisance, start=first_effects(nuisance, assumptions, first))
-        logs = run("variances", partial(_log_squares, nuisance))
-        nuisance = replace(nuisance, variances=ridge(logs))
-    return nuisance, run("effects", partial(_evidence, nuisance, bootstraps, seed))
+    passes = begun
+    try:
+        while not passes.finished:
+            name = passes.names[passes.readings.done]
+            for more in _read_on(passes, blocks, _work(passes, bootstraps, seed)):
+                passes = more
+                tell(name, passes.readings.rows)
+            passes = _after_pass(passes, assumptions)
+    except KeyboardInterrupt:
+        return passes
+    return passes
 
 
 def first_effects(
@@ -99,6 +135,29 @@ def evidence_of(
 # --- passes: (rows, number of the block) -> sums ----------------------------------------------
 
 
+def _work(passes: Passes, bootstraps: int, seed: int) -> Callable[[Rows, int], Any]:
+    """What the next pass makes of a block."""
+    name = passes.names[passes.readings.done]
+    if name == "means":
+        return partial(_means, passes.nuisance)
+    if name.endswith("variances"):
+        return partial(_log_squares, passes.nuisance)
+    return partial(_evidence, passes.nuisance, bootstraps if name == "effects" else 0, seed)
+
+
+def _after_pass(passes: Passes, assumptions: Assumptions) -> Passes:
+    """The nuisance with what a whole pass has found."""
+    name, readings = passes.names[passes.readings.done], passes.readings.ended()
+    nuisance, sums = passes.nuisance, passes.sums
+    if name == "means":
+        nuisance = replace(nuisance, means=ridge(sums))
+    elif name.endswith("variances"):
+        nuisance = replace(nuisance, variances=ridge(sums))
+    elif name == "first effects":
+        nuisance = replace(nuisance, start=first_effects(nuisance, assumptions, sums))
+    return Passes(nuisance, readings, sums if name == "effects" else None)
+
+
 def _means(nuisance: Nuisance, rows: Rows, block: int) -> Grams:
     fold = folds_of(len(rows), FOLDS)
     return Grams.of(nuisance.matrix(rows), nuisance.outcomes(rows), fold, FOLDS)
@@ -117,22 +176,22 @@ def _evidence(nuisance: Nuisance, bootstraps: int, seed: int, rows: Rows, block:
     return evidence_of(nuisance, rows, W, h, bootstraps, chance)
 
 
-def _reduced(blocks: Blocks, tell: Tell, name: str, work: Callable[[Rows, int], T]) -> T:
-    """The sum over blocks, in their order; blocks run side by side through joblib."""
-    total: Any = None
-    done = 0
+def _read_on(passes: Passes, blocks: Blocks, work: Callable[[Rows, int], Any]) -> Iterator[Passes]:
+    """The passes after each further block, in order; blocks run side by side through joblib."""
     pool = joblib.Parallel(n_jobs=workers(), prefer="threads", return_as="generator")
     with threadpool_limits(1, user_api="blas"):
-        jobs = (joblib.delayed(_counted)(work, rows, k) for k, rows in enumerate(blocks()))
-        for part, rows in pool(jobs):
-            total = part if total is None else total + part
-            done += rows
-            tell(name, done)
-    if total is None:
-        raise ValueError("the data have no rows")
-    found: T = total
-    return found
+        jobs = (joblib.delayed(_counted)(work, rows, k) for k, rows in passes.readings.rest(blocks))
+        parts = pool(jobs)
+        try:
+            for part, rows, first in parts:
+                sums = part if passes.sums is None else passes.sums + part
+                passes = Passes(passes.nuisance, passes.readings.after(rows, first), sums)
+                yield passes
+        finally:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of blocks that Ctrl-C leaves unfinished
+                parts.close()
 
 
-def _counted(work: Callable[[Rows, int], T], rows: Rows, block: int) -> tuple[T, int]:
-    return work(rows, block), len(rows)
+def _counted(work: Callable[[Rows, int], Any], rows: Rows, block: int) -> tuple[Any, int, str]:
+    return work(rows, block), len(rows), "" if block else digest(rows)

@@ -6,7 +6,6 @@ effects -> `Effects` from the sums alone. The conventions are scikit-learn's.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from hakari.inference.bidirectional import batch, cross_fitting, online_qml, saved, stream
+from hakari.inference.bidirectional.batch import Passes
 from hakari.inference.bidirectional.drift import Alarm
 from hakari.inference.bidirectional.effects import Effects, Root, judged
 from hakari.inference.bidirectional.evidence import Assumptions, Evidence
@@ -24,15 +24,17 @@ from hakari.inference.bidirectional.nuisance import FEWEST, Nuisance, warmed_up
 from hakari.inference.bidirectional.online_qml import OnlineFit
 from hakari.inference.bidirectional.online_steps import OnlineSettings
 from hakari.inference.bidirectional.orthogonal_moments import Restriction, Solution
+from hakari.inference.bidirectional.readings import Blocks
 from hakari.inference.bidirectional.rows import (
     Columns,
     Rows,
     is_stream,
     read,
+    recut,
     spread_rows,
     stacked,
 )
-from hakari.inference.bidirectional.settings import checked
+from hakari.inference.bidirectional.settings import Parameters, checked
 from hakari.inference.bidirectional.single_equation import single_equation
 from hakari.inference.bidirectional.stream import Forgetting, Stream
 from hakari.inference.patience import told
@@ -44,7 +46,7 @@ FEATURES = RandomFourier(200)
 ONLINE = OnlineSettings()
 
 
-class BidirectionalEffects:
+class BidirectionalEffects(Parameters):
     """Effects of y2 on y1 and of y1 on y2, identified by variances that move apart.
 
     y1 = a y2 + f1(x) + s1(x) e1 and y2 = b y1 + f2(x) + s2(x) e2, with shocks uncorrelated given
@@ -104,46 +106,68 @@ class BidirectionalEffects:
         self._stream: Stream | None = None
         self._online: OnlineFit | None = None
         self._waiting: list[Rows] = []
+        self._passes: Passes | None = None
         self.interrupted = False
 
     # --- learning -----------------------------------------------------------------------------
 
-    def fit(self, data: Any, *, progress: bool = False) -> BidirectionalEffects:
+    def fit(
+        self, data: Any, *, progress: bool = False, resume: bool = False
+    ) -> BidirectionalEffects:
         """Learn from all rows, forgetting what was learned before.
 
         data: a frame, Arrow, a dict of arrays, the path of CSV or Parquet files of any size: read
         six times, in blocks that run side by side through joblib; the result is the same for any
         number of workers. An iterator of batches or a RecordBatchReader is read once, as by
-        `partial_fit`, and so are any data with a half-life or a window. Ctrl-C in a stream keeps
-        the rows so far. Raises ValueError for columns, values or settings that do not fit.
+        `partial_fit`, and so are any data with a half-life or a window.
+
+        Ctrl-C keeps what is done, and `interrupted` says so: a stream answers with the rows so far,
+        and takes more by `partial_fit`; a fit on data at rest goes on from its last block with
+        `resume` and the same data (of method "online-qml" and a regressor nothing is kept).
+        Raises ValueError for columns, values or settings that do not fit, and for a resume of
+        what was not interrupted, or with other data.
         """
         columns, forgetting = self._checked()
+
+        def blocks() -> Iterator[Rows]:
+            return recut(read(data, columns, self.missing))
+
+        if resume:
+            if self._passes is None:
+                raise ValueError("no fit of this model was interrupted: fit without resume")
+            return self._passed(self._passes, blocks, progress)
         self._forget()
         if is_stream(data) or forgetting != Forgetting():
             return self._streamed(read(data, columns, self.missing), progress)
-        first = spread_rows(read(data, columns, self.missing), self.warm_up)
-        nuisance = warmed_up(self.features, first, self.covariates)
-
-        def blocks() -> Iterator[Rows]:
-            return read(data, columns, self.missing)
-
+        nuisance = warmed_up(self.features, spread_rows(blocks(), self.warm_up), self.covariates)
+        if self.method != "online-qml" and self.regressor is None:
+            return self._passed(batch.Passes(nuisance), blocks, progress)
         with told(progress) as tell:
-            self._at_rest(nuisance, blocks, tell)
+            self._read_again(nuisance, blocks, tell)
         return self
 
-    def _at_rest(self, nuisance: Nuisance, blocks: batch.Blocks, tell: batch.Tell) -> None:
+    def _passed(self, passes: Passes, blocks: Blocks, progress: bool) -> BidirectionalEffects:
+        """Five passes, or what is left of them."""
+        with told(progress) as tell:
+            more = (self._assumptions, blocks, self.bootstraps, self.seed, tell)
+            self._passes = batch.fit(passes, *more)
+        self.interrupted = not self._passes.finished
+        if self._passes.finished:
+            self._nuisance, self._evidence = self._passes.nuisance, self._passes.sums
+            self._passes = None
+        return self
+
+    def _read_again(self, nuisance: Nuisance, blocks: Blocks, tell: batch.Tell) -> None:
         more = (self.bootstraps, self.seed, tell)
         if self.method == "online-qml":
             self._online = online_qml.fit(nuisance, blocks, self.online, *more)
             self._nuisance, self._evidence = self._online.nuisance, self._online.evidence
-        elif self.regressor is not None:
-            rows = stacked(list(blocks()))
-            self._nuisance = nuisance
-            self._evidence, _ = cross_fitting.fit(
-                nuisance, self.regressor, rows, self._assumptions, *more
-            )
-        else:
-            self._nuisance, self._evidence = batch.fit(nuisance, self._assumptions, blocks, *more)
+            return
+        rows = stacked(list(blocks()))
+        self._nuisance = nuisance
+        self._evidence, _ = cross_fitting.fit(
+            nuisance, self.regressor, rows, self._assumptions, *more
+        )
 
     def partial_fit(self, data: Any) -> BidirectionalEffects:
         """Learn from some more rows, each met by what came before.
@@ -154,7 +178,7 @@ class BidirectionalEffects:
         columns, _ = self._checked()
         if self.regressor is not None:
             raise ValueError("regressor needs all rows in memory: use fit, or features")
-        if self._evidence is not None:
+        if self._evidence is not None or self._passes is not None:
             raise ValueError(
                 "fit has read its data more than once, which more rows cannot follow: start a new "
                 "model with partial_fit, or fit all of the data"
@@ -170,6 +194,8 @@ class BidirectionalEffects:
         for models of other outcomes or assumptions.
         """
         self._checked()
+        self._refuse_halfway()
+        other._refuse_halfway()
         if other is self:
             raise ValueError("a model does not merge with itself: its rows would count twice")
         if not other.rows:
@@ -207,17 +233,9 @@ class BidirectionalEffects:
 
         Raises ValueError before there are 1,000 rows.
         """
-        evidence = self._summed
-        return Effects(
-            (self.y1, self.y2),
-            self._solution(evidence),
-            evidence,
-            self._assumptions,
-            self.identification(),
-            self.root,
-            anyway,
-            self.method,
-        )
+        told, more = self.identification(), (self.root, anyway, self.method)
+        found = self._solution(self._summed)
+        return Effects((self.y1, self.y2), found, self._summed, self._assumptions, told, *more)
 
     def _solution(self, evidence: Evidence) -> Solution:
         """The estimate by the method; sets and tests are those of the moments for all."""
@@ -272,13 +290,18 @@ class BidirectionalEffects:
 
     @property
     def rows(self) -> int:
-        """Rows that were learned from."""
+        """Rows that were learned from, by a whole fit or a stream."""
         if self._evidence is not None:
             return self._evidence.rows
         if self._online is not None:
             return self._online.states[0].rows
         waiting = sum(len(rows) for rows in self._waiting)
         return waiting if self._stream is None else self._stream.rows
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has read data at rest as often as it needs, so that no rows can follow."""
+        return self._evidence is not None
 
     @property
     def nuisance(self) -> Nuisance:
@@ -307,6 +330,7 @@ class BidirectionalEffects:
             "stream": self._stream,
             "online": self._online,
             "waiting": tuple(self._waiting),
+            "passes": self._passes,
         }
         saved.write(Path(path), state)
 
@@ -317,22 +341,9 @@ class BidirectionalEffects:
         model = cls(**state["parameters"])
         model._nuisance, model._evidence = state["nuisance"], state["evidence"]
         model._stream, model._waiting = state["stream"], list(state["waiting"])
-        model._online = state["online"]
+        model._online, model._passes = state["online"], state["passes"]
+        model.interrupted = model._passes is not None
         return model
-
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """Settings by name, as scikit-learn asks for them."""
-        names = list(inspect.signature(type(self).__init__).parameters)[1:]
-        return {name: getattr(self, name) for name in names}
-
-    def set_params(self, **settings: Any) -> BidirectionalEffects:
-        """Change settings. Raises ValueError for an unknown one."""
-        known = self.get_params()
-        for name, value in settings.items():
-            if name not in known:
-                raise ValueError(f"no setting {name!r}: known are {', '.join(known)}")
-            setattr(self, name, value)
-        return self
 
     def __repr__(self) -> str:
         return f"BidirectionalEffects({self.y1!r}, {self.y2!r}, rows={self.rows:,})"
@@ -342,7 +353,7 @@ class BidirectionalEffects:
     def _forget(self) -> None:
         self._nuisance, self._evidence = None, None
         self._stream, self._online = None, None
-        self._waiting, self.interrupted = [], False
+        self._waiting, self._passes, self.interrupted = [], None, False
 
     def _copy(self, other: BidirectionalEffects) -> None:
         """What the other has learned; its settings stay its own."""
@@ -363,8 +374,13 @@ class BidirectionalEffects:
         names = ("y1", "y2", "regimes", "covariance", "restrict", "bootstraps")
         return {name: getattr(self, name) for name in names}
 
+    def _refuse_halfway(self) -> None:
+        if self._passes is not None:
+            raise ValueError(f"{self._passes.where}: go on with fit(data, resume=True)")
+
     @property
     def _summed(self) -> Evidence:
+        self._refuse_halfway()
         self._flushed()
         if self._evidence is not None:
             return self._evidence

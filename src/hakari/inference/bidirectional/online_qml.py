@@ -22,7 +22,7 @@ from numpy import ndarray
 from numpy.random import Generator
 from threadpoolctl import threadpool_limits
 
-from hakari.inference.bidirectional.batch import Blocks, Tell, evidence_of
+from hakari.inference.bidirectional.batch import Tell, evidence_of
 from hakari.inference.bidirectional.evidence import Assumptions, Evidence
 from hakari.inference.bidirectional.heads import folds_of
 from hakari.inference.bidirectional.nuisance import FOLDS, Nuisance, left_out
@@ -34,6 +34,7 @@ from hakari.inference.bidirectional.online_steps import (
     step,
 )
 from hakari.inference.bidirectional.orthogonal_moments import DEPENDENT
+from hakari.inference.bidirectional.readings import Blocks
 from hakari.inference.bidirectional.rows import Rows, spread_rows
 from hakari.inference.bidirectional.structure import effects_jacobian, to_uv
 from hakari.inference.sampling import generator

@@ -79,6 +79,23 @@ def read(data: Any, columns: Columns, missing: Missing = "raise") -> Iterator[Ro
             yield _rows(kept, columns, first - len(raw))
 
 
+def recut(blocks: Iterable[Rows]) -> Iterator[Rows]:
+    """The same rows in blocks of `tables.BLOCK_ROWS`, however they were cut; the last may be less.
+
+    So a block has rows of every fold, and an answer does not depend on how files are laid out.
+    """
+    waiting: list[Rows] = []
+    for rows in blocks:
+        waiting.append(rows)
+        while sum(map(len, waiting)) >= tables.BLOCK_ROWS:
+            whole = waiting[0] if len(waiting) == 1 else stacked(waiting)
+            yield whole.cut(0, tables.BLOCK_ROWS)
+            rest = whole.cut(tables.BLOCK_ROWS, len(whole))
+            waiting = [rest] if len(rest) else []
+    if waiting:
+        yield stacked(waiting)
+
+
 def spread_rows(blocks: Iterable[Rows], wanted: int) -> Rows:
     """Rows spread evenly over all blocks, `wanted` of them or all; how many there are shows.
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
+from hakari.inference.bidirectional.batch import Passes
 from hakari.inference.bidirectional.drift import Alarm, Monitor
 from hakari.inference.bidirectional.evidence import Evidence
 from hakari.inference.bidirectional.features import (
@@ -19,12 +20,13 @@ from hakari.inference.bidirectional.features import (
     RandomFourier,
     basis_from_dict,
 )
-from hakari.inference.bidirectional.heads import Heads
+from hakari.inference.bidirectional.heads import Grams, Heads
 from hakari.inference.bidirectional.identification import RatioSums
 from hakari.inference.bidirectional.nuisance import Nuisance
 from hakari.inference.bidirectional.online_qml import OnlineFit
 from hakari.inference.bidirectional.online_steps import Coordinates, OnlineSettings, OnlineState
 from hakari.inference.bidirectional.orthogonal_moments import MomentSums
+from hakari.inference.bidirectional.readings import Readings
 from hakari.inference.bidirectional.rows import Rows
 from hakari.inference.bidirectional.stream import Stream
 
@@ -32,6 +34,7 @@ FORMAT = "hakari bidirectional effects, 1"
 _KINDS: tuple[type[Any], ...] = (
     Alarm,
     Evidence,
+    Grams,
     Heads,
     MomentSums,
     Monitor,
@@ -40,9 +43,11 @@ _KINDS: tuple[type[Any], ...] = (
     OnlineFit,
     OnlineSettings,
     OnlineState,
+    Passes,
     Polynomial,
     RandomFourier,
     RatioSums,
+    Readings,
     Rows,
     Stream,
 )

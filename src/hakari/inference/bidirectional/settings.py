@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -57,3 +58,21 @@ def _refuse_online(settings: Mapping[str, Any]) -> None:
             raise ValueError(f"method 'online-qml' with {name}: use method 'moments'")
     if settings["covariance"] != "zero":
         raise ValueError("method 'online-qml' with covariance 'constant': use method 'moments'")
+
+
+class Parameters:
+    """A class whose arguments are its attributes, read and set as scikit-learn does it."""
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Settings by name. deep: of no consequence; scikit-learn passes it."""
+        names = list(inspect.signature(type(self).__init__).parameters)[1:]
+        return {name: getattr(self, name) for name in names}
+
+    def set_params(self, **settings: Any) -> Self:
+        """Change settings. Raises ValueError for an unknown one."""
+        known = self.get_params()
+        for name, value in settings.items():
+            if name not in known:
+                raise ValueError(f"no setting {name!r}: known are {', '.join(known)}")
+            setattr(self, name, value)
+        return self

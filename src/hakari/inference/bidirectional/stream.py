@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
-from scipy.linalg import cho_factor, cho_solve
 
-from hakari.inference.bidirectional.batch import evidence_of, fit
+from hakari.inference.bidirectional.batch import Passes, evidence_of, fit
 from hakari.inference.bidirectional.drift import Monitor
 from hakari.inference.bidirectional.evidence import Assumptions, Evidence
 from hakari.inference.bidirectional.heads import product
@@ -106,9 +105,11 @@ def begin(
     nuisance: Nuisance, assumptions: Assumptions, rows: Rows, bootstraps: int, seed: int
 ) -> Stream:
     """A stream whose first rows were met by heads of the other folds, as `batch.fit` does."""
-    fitted, evidence = fit(
-        nuisance, assumptions, lambda: iter([rows]), bootstraps, seed, lambda name, done: None
-    )
+    quiet = lambda name, done: None  # noqa: E731
+    passes = fit(Passes(nuisance), assumptions, lambda: iter([rows]), bootstraps, seed, quiet)
+    if not passes.finished:
+        raise KeyboardInterrupt
+    fitted, evidence = passes.nuisance, passes.sums
     phi = fitted.matrix(rows)
     heads = [h.coefficients[-1] for h in (fitted.means, fitted.variances) if h is not None]
     gram, n = product(phi), float(len(rows))
@@ -277,7 +278,7 @@ def _inverse(gram: ndarray, rows: float) -> Float[ndarray, "P P"]:
     """(G + ridge)⁻¹; the ridge is a hair that keeps features which repeat others apart."""
     mean = gram / rows
     ridge = HAIR * np.trace(mean) / len(mean) * np.eye(len(mean))
-    return np.asarray(cho_solve(cho_factor(mean + ridge), np.eye(len(mean))))
+    return np.asarray(np.linalg.inv(mean + ridge))
 
 
 def _alike(one: Nuisance, other: Nuisance) -> bool:

@@ -30,7 +30,7 @@ from hakari.inference.bidirectional.variance_ratio import (
     regime_ratios,
 )
 from hakari.inference.patience import told
-from hakari.run import read_config
+from hakari.inference.study_command import Unfinished
 
 MODEL = "model.npz"  # in the folder of a run
 SAMPLE = 2000  # rows, evenly over the data, that curves are drawn from
@@ -176,9 +176,10 @@ def find(
 ) -> Findings:
     """Answer a question: learn, then both effects, their set and whether the data can tell.
 
-    resume: folder of an earlier run in one pass, whose rows are skipped in `data`. progress: rows
-    so far on the error stream. keep: called with the model when the last row is in.
-    Raises ValueError or FileNotFoundError for bad input, before anything that takes long.
+    resume: folder of an earlier run: in one pass, whose rows are skipped in `data`, or one that
+    Ctrl-C stopped. progress: rows so far on the error stream. keep: called with the model when the
+    last row is in. Raises ValueError or FileNotFoundError for bad input, before anything that takes
+    long, and `Unfinished` for Ctrl-C in data at rest, with the model kept.
 
     >>> rng = np.random.default_rng(1)
     >>> x = rng.uniform(size=4000)
@@ -191,18 +192,20 @@ def find(
     begun = perf_counter()
     model = _model(study) if resume is None else _resumed(study, resume)
     before, interrupted = model.rows, False
-    study = study if resume is None else replace(study, one_pass=True)
-    if study.streamed:
+    if study.streamed or before:
+        study = replace(study, one_pass=True)
         interrupted = _streamed(study, model, progress)
+        if resume is not None and model.rows == before and not interrupted:
+            raise ValueError(
+                f"{study.source} has no rows after the {before:,} that {resume} has learned from: "
+                "give data that go on after them"
+            )
     else:
-        model.fit(study.data, progress=progress)
-    seconds = perf_counter() - begun
-    read_now = model.rows - before
-    if resume is not None and not (read_now or interrupted):
-        raise ValueError(
-            f"{study.source} has no rows after the {before:,} that {resume} has learned from: "
-            "give data that go on after them"
-        )
+        model.fit(study.data, progress=progress, resume=resume is not None)
+    if model.interrupted:
+        keep(model)
+        raise Unfinished
+    seconds, read_now = perf_counter() - begun, model.rows - before
     if interrupted and model.rows < FEWEST:
         raise KeyboardInterrupt
     keep(model)  # before an answer begins with fewer rows than the warm-up
@@ -220,13 +223,13 @@ def _model(study: Study) -> BidirectionalEffects:
 
 
 def _resumed(study: Study, folder: Path) -> BidirectionalEffects:
-    """The model of an earlier run with the same settings, in one pass."""
-    if not read_config(folder)["rows"]["streamed"]:
+    """The model of an earlier run with the same settings."""
+    model, wanted = BidirectionalEffects.load(folder / MODEL), _model(study).get_params()
+    if model.finished:
         raise ValueError(
             f"{folder} has read its data several times, which more rows cannot follow: start it "
             "with --one-pass, or fit all of the data"
         )
-    model, wanted = BidirectionalEffects.load(folder / MODEL), _model(study).get_params()
     for name, value in model.get_params().items():
         if name not in FREE and value != wanted[name]:
             raise ValueError(
