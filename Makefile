@@ -44,6 +44,8 @@ bench: setup
 	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/gibbs_coverage.py
 	$(BIN)/python benchmarks/calibration.py
+	$(BIN)/python benchmarks/feedback.py
+	$(BIN)/python benchmarks/feedback_simulations.py
 
 clean:
 	rm -rf $(VENV) site runs .pytest_cache .mypy_cache .ruff_cache

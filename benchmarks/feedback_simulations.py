@@ -68,9 +68,10 @@ def main() -> None:
             continue
         report["cells"].append(study(n, R, count))
         if out:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "feedback_simulations.json").write_text(json.dumps(report, indent=1))
-            plot(report, out / "feedback_simulations.png")
+            write(report, out)
+    report["goals"] = goals(report)
+    if out:
+        write(report, out)
     show(report)
 
 
@@ -149,6 +150,38 @@ def once(n: int, R: float, seed: int) -> Answer:
         return out
 
 
+def goals(report: Answer) -> list[Answer]:
+    """Goals of the design, and whether the cells of a report meet them."""
+    learned, baselines = ESTIMATORS[:3], ESTIMATORS[4:]
+    error = np.sqrt(0.95 * 0.05 / report["replications"])
+    out = []
+    for cell in report["cells"]:
+        found, where = cell["estimators"], f"n = {cell['n']}, R = {cell['R']}"
+        for name in learned:
+            worst = max(found[name]["rmse_over_bound"])
+            if cell["n"] == max(n for n, _ in CELLS):
+                out.append(
+                    (f"{name}, RMSE over the bound, {where}", "<= 1.10", worst, worst <= 1.1)
+                )
+            far = max(abs(c - 0.95) / error for c in found[name]["coverage"])
+            out.append((f"{name}, coverage, {where}", "<= 3 binomial errors", far, far <= 3))
+        behind = min(
+            rival / ours
+            for name in baselines
+            for rival, ours in zip(found[name]["rmse"], found["online-qml"]["rmse"], strict=True)
+        )
+        out.append((f"RMSE of baselines over online-qml's, {where}", "> 1", behind, behind > 1))
+    names = ("name", "goal", "got", "met")
+    return [dict(zip(names, (*goal, bool(met)), strict=True)) for *goal, met in out]
+
+
+def write(report: Answer, out: Path) -> None:
+    """The report and its plot."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "feedback_simulations.json").write_text(json.dumps(report, indent=1))
+    plot(report, out / "feedback_simulations.png")
+
+
 def show(report: Answer) -> None:
     """A row a cell and estimator."""
     table = Table(title=f"effects (0.5, 0.4) in {report['replications']} samples")
@@ -160,7 +193,10 @@ def show(report: Answer) -> None:
             numbers = [f"{v:.4f}" for key in ("bias", "rmse") for v in found[key]]
             numbers += [f"{v:.2f}" for key in ("rmse_over_bound", "coverage") for v in found[key]]
             table.add_row(f"{cell['n']:,}", f"{cell['R']:g}", name, *numbers)
-    Console(width=None if Console().is_terminal else 140).print(table)
+    console = Console(width=None if Console().is_terminal else 140)
+    console.print(table)
+    for goal in report["goals"]:
+        console.print(f"{goal['name']}: {goal['got']:.3f} (goal {goal['goal']})")
 
 
 def plot(report: Answer, path: Path) -> None:
@@ -173,16 +209,19 @@ def plot(report: Answer, path: Path) -> None:
         cells = [cell for cell in report["cells"] if cell["R"] == R]
         if not cells:
             continue  # a report that is under way
+        axes[k].set_xscale("log")
+        axes[k].set_yscale("log")
         for name in ESTIMATORS:
             y = [cell["estimators"][name]["rmse_over_bound"][j] for cell in cells]
             axes[k].plot([cell["n"] for cell in cells], y, "o-", label=name, markersize=4)
+        axes[k].set_xticks([5000, 10_000, 20_000], ["5,000", "10,000", "20,000"], minor=False)
+        axes[k].minorticks_off()
         axes[k].axhline(1, color="0.6", linewidth=1)
         axes[k].set_title(f"{'ab'[j]}, R = {R}")
-        axes[k].set_xscale("log")
-        axes[k].set_yscale("log")
         axes[k].set_xlabel("rows")
     axes[0].set_ylabel("RMSE over the efficiency bound")
-    axes[3].legend(fontsize=7)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=130)
 
 

@@ -142,3 +142,39 @@ def test_speed_of_calibration_is_the_committed_run():
     assert f"`gpc-wp` is {min(ratios):.1f} to {max(ratios):.1f} times as fast as `gpc`" in README
     assert sum(cell["replicates"] < 500 for cell in cells) == 2
     assert "fewer in the two dearest cells" in README
+
+
+def test_rows_a_second_of_feedback_are_the_committed_run():
+    report = json.loads((ROOT / "benchmarks" / "results" / "feedback.json").read_text())
+    assert all(goal["met"] for goal in report["goals"])
+    head = next(
+        line for line in README.splitlines() if line.startswith("| rows | hakari, one pass")
+    )
+    systems = head.strip("| ").split(" | ")[1:]
+    for run in report["runs"]:
+        row = next(r for r in README.splitlines() if r.startswith(f"| {run['rows']:,} | "))
+        cell = row.split("|")[2 + systems.index(run["system"])]
+        assert cell.strip() == f"{run['rows_per_second']:,.0f}, {run['peak_mib']:.0f}"
+    text = " ".join(README.split())
+    assert f"rows to the power {report['exponent']:.2f}" in text
+    assert f"{report['exponent of the whole']:.2f} with the start" in text
+    largest = [
+        max((r for r in report["runs"] if r["system"] == name), key=lambda run: run["rows"])
+        for name in systems[2:]
+    ]
+    biased = ", ".join(f"{run['estimate'][0]:.2f}" for run in largest)
+    assert f"take feedback for effect ({biased} for 0.5)" in text
+
+
+def test_errors_of_feedback_are_the_committed_run():
+    report = json.loads((ROOT / "benchmarks/results/feedback_simulations.json").read_text())
+    table = README[README.index("| n, R | `moments`") :]
+    for cell in report["cells"]:
+        label = f"| {cell['n']:,}, {cell['R']} | "
+        row = next(line for line in table.splitlines() if line.startswith(label))
+        for written, found in zip(row.split("|")[2:], cell["estimators"].values(), strict=False):
+            ratios = [f"{r:.2f}" if r < 10 else f"{r:.0f}" for r in found["rmse_over_bound"]]
+            shares = [f"{share:.2f}" for share in found["coverage"]]
+            assert written.strip() == f"{' '.join(ratios)} ({' '.join(shares)})"
+    worst = max(g["got"] for g in report["goals"] if "over the bound" in g["name"])
+    assert f"within {100 * (worst - 1):.0f} % of the bound" in README
