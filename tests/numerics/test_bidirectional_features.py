@@ -253,3 +253,14 @@ def test_rows_that_are_not_finite_are_named(spec, value):
 def test_values_of_covariates_that_do_not_matter_are_not_read():
     basis = RandomFourier(20, 0, (1.0, np.inf, 1.0)).fit(GOOD)
     assert_array_equal(basis.transform(NAN), basis.transform(GOOD))
+
+
+@pytest.mark.parametrize("spec", [RandomFourier(20, 1, 1.0), Polynomial(2)])
+def test_read_only_arrays_are_read(spec):
+    """As other processes get them: rows, and what a basis is made of."""
+    X = np.random.default_rng(0).standard_normal((500, 3))
+    basis = spec.fit(X)
+    whole = basis.transform(X)
+    for array in (X, *(v for v in vars(basis).values() if isinstance(v, np.ndarray))):
+        array.flags.writeable = False
+    np.testing.assert_array_equal(basis.transform(X), whole)

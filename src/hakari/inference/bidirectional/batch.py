@@ -12,8 +12,8 @@ same for any number of workers, to the bit, and for a fit that was interrupted a
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -32,7 +32,7 @@ from hakari.inference.bidirectional.nuisance import FOLDS, Nuisance, left_out, s
 from hakari.inference.bidirectional.readings import Blocks, Readings, digest
 from hakari.inference.bidirectional.rows import Rows
 from hakari.inference.sampling import generator
-from hakari.inference.workers import workers
+from hakari.inference.workers import in_order
 
 Tell = Callable[[str, int], None]
 BEGUN = Readings()
@@ -178,19 +178,13 @@ def _evidence(nuisance: Nuisance, bootstraps: int, seed: int, rows: Rows, block:
 
 def _read_on(passes: Passes, blocks: Blocks, work: Callable[[Rows, int], Any]) -> Iterator[Passes]:
     """The passes after each further block, in order; blocks run side by side through joblib."""
-    pool = joblib.Parallel(n_jobs=workers(), prefer="threads", return_as="generator")
     with threadpool_limits(1, user_api="blas"):
         jobs = (joblib.delayed(_counted)(work, rows, k) for k, rows in passes.readings.rest(blocks))
-        parts = pool(jobs)
-        try:
+        with closing(in_order(jobs)) as parts:
             for part, rows, first in parts:
                 sums = part if passes.sums is None else passes.sums + part
                 passes = Passes(passes.nuisance, passes.readings.after(rows, first), sums)
                 yield passes
-        finally:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of blocks that Ctrl-C leaves unfinished
-                parts.close()
 
 
 def _counted(work: Callable[[Rows, int], Any], rows: Rows, block: int) -> tuple[Any, int, str]:

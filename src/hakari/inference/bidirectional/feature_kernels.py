@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from math import factorial, pi
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -71,6 +72,7 @@ def fill_fourier(
     Source: Rahimi and Recht (2007), the paired form.
     """
     turns = np.ascontiguousarray(frequencies) / (2 * pi)
+    columns, centre, scale = (_owned(part) for part in (columns, centre, scale))
     _fill(X, columns, out, names, lambda x, room: _fourier(x, columns, centre, scale, turns, room))
 
 
@@ -87,14 +89,20 @@ def fill_polynomial(
 
     steps: (j, k) of monomial m > 0: it is monomial j < m times z_k. Else as `fill_fourier`.
     """
+    columns, centre, scale, steps = (_owned(part) for part in (columns, centre, scale, steps))
     _fill(X, columns, out, names, lambda x, o: _monomials(x, columns, centre, scale, steps, o))
+
+
+def _owned(array: ndarray, dtype: Any = None) -> ndarray:
+    """As kernels take it: a copy only of what is spread out, or read-only, as workers get it."""
+    return np.require(array, dtype, ["C", "W"])
 
 
 def _fill(
     X: ndarray, columns: ndarray, out: ndarray, names: Sequence[str], work: Callable[..., int]
 ) -> None:
     """Rows shared among threads: work(rows, room) returns the first that is not finite, or −1."""
-    X = np.ascontiguousarray(X, dtype=np.float32 if X.dtype == np.float32 else np.float64)
+    X = _owned(X, np.float32 if X.dtype == np.float32 else np.float64)
     workers = max(1, min(os.cpu_count() or 1, len(X) // ROWS))
     if workers == 1:
         bad = work(X, out)
