@@ -232,9 +232,9 @@ def test_what_is_no_regressor_is_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"predicts \(\d+, 2\) for \d+ rows"):
         cross_fitted(rows, Constant(0.0))
     nuisance = warmed_up(RandomFourier(20, length_scale=1.0), rows, ("x1", "x2"))
-    few = Rows(rows.y[:1200], rows.X[:1200])
+    few = Rows(rows.y[:900], rows.X[:900])
     arguments = (Assumptions(), 0, 0, print)
-    with pytest.raises(ValueError, match="1200 rows: at least 1,280 are needed"):
+    with pytest.raises(ValueError, match="900 rows: at least 1,000 are needed"):
         cross_fitting.fit(nuisance, Smoother(), few, *arguments)
     with pytest.raises(ValueError, match="no covariates for the regressor"):
         cross_fitting.fit(nuisance, Smoother(), Rows(rows.y, rows.X[:, :0]), *arguments)

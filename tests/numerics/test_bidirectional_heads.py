@@ -62,7 +62,7 @@ def test_the_penalty_predicts_left_out_folds_best():
 
 
 def test_sums_of_blocks_are_those_of_the_whole():
-    phi, y = data()
+    phi, y = data(n=3000)
     cut = CHUNK * FOLDS  # folds begin again with each block
     fold = folds_of(len(y), FOLDS)
     whole = Grams.of(phi, y, fold, FOLDS)
@@ -78,9 +78,11 @@ def test_rows_that_are_near_each_other_share_a_fold():
     fold = folds_of(3000, FOLDS)
     assert (np.bincount(fold) > 0).all()
     assert (np.diff(fold) != 0).sum() == (3000 - 1) // CHUNK
+    small = folds_of(800, FOLDS)
+    assert np.bincount(small).tolist() == [200] * FOLDS
 
 
 def test_too_few_rows_are_refused():
     phi, y = data(n=300)
-    with pytest.raises(ValueError, match=r"a fold has 0 rows: at least 1,024 rows are needed"):
-        ridge(Grams.of(phi, y, folds_of(300, FOLDS), FOLDS))
+    with pytest.raises(ValueError, match="a fold has 1 rows, too few to learn from"):
+        ridge(Grams.of(phi[:FOLDS], y[:FOLDS], folds_of(FOLDS, FOLDS), FOLDS))

@@ -315,6 +315,8 @@ def test_what_may_not_follow_what():
         fitted.partial_fit(DATA)
     with refused("models with restrict None and 'b=0' do not merge"):
         fitted.merge(model(restrict="b=0").fit(DATA))
+    with refused("models with covariates .* and .* do not merge"):
+        fitted.merge(model().set_params(covariates=["u"]).fit(DATA))
     with refused("do not merge: their steps do not add"):
         model(method="online-qml").fit(DATA).merge(fitted)
 

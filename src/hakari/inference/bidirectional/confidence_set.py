@@ -42,7 +42,7 @@ FLAT = 1e-6  # squared slope of moments that stay as they are along a line
 ACROSS = np.array([0.0, -0.5, -0.5])  # w's move along S
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ConfidenceSet:
     """Effects that the moments do not reject: those with |ab| ≤ 1, and the mirror of each.
 
@@ -72,6 +72,9 @@ class ConfidenceSet:
         inside = np.asarray(anderson_rubin(self.sums, a, b) <= self.critical)
         allowed = {None: True, "b=0": np.equal(b, 0), "a=0": np.equal(a, 0)}[self.restrict]
         return inside & allowed
+
+    def __repr__(self) -> str:
+        return self.text
 
     @property
     def text(self) -> str:

@@ -19,8 +19,8 @@ from numpy import ndarray
 
 from hakari.inference.bidirectional.batch import Tell, evidence_of, first_effects
 from hakari.inference.bidirectional.evidence import Assumptions, Evidence
-from hakari.inference.bidirectional.heads import CHUNK, Heads, folds_of
-from hakari.inference.bidirectional.nuisance import FOLDS, Nuisance, shocks
+from hakari.inference.bidirectional.heads import Heads, folds_of
+from hakari.inference.bidirectional.nuisance import FEWEST, FOLDS, Nuisance, shocks
 from hakari.inference.bidirectional.rows import Rows
 from hakari.inference.sampling import generator
 
@@ -47,8 +47,8 @@ def fit(
     Source: Chernozhukov, Chetverikov, Demirer, Duflo, Hansen, Newey and Robins (2018), for design
     note bidirectional-effects, section 2.3.
     """
-    if len(rows) < CHUNK * FOLDS:
-        raise ValueError(f"{len(rows)} rows: at least {CHUNK * FOLDS:,} are needed for all folds")
+    if len(rows) < FEWEST:
+        raise ValueError(f"{len(rows)} rows: at least {FEWEST:,} are needed for all folds")
     learn = _learner(nuisance, regressor, rows, seed, tell)
     y = nuisance.outcomes(rows)
     W = y - learn("means", y)

@@ -236,6 +236,8 @@ class Effects:
     def _about_root(self) -> str:
         if self.method == "single-equation":
             return "least squares of each equation alone: biased wherever both effects are there"
+        if self.assumptions.restrict is not None:
+            return f"root: the one with {self.assumptions.restrict}, as assumed"
         return f"root: {self.rule}; the other root fits as well"
 
     def __str__(self) -> str:
@@ -243,7 +245,8 @@ class Effects:
         lines = [f"{self.evidence.rows:,} rows, method {self.method}"]
         if self.given:
             columns = ["estimate", "std_error", "lower", "upper"]
-            columns += ["other_root"] if self.method != "single-equation" else []
+            alone = self.method == "single-equation" or self.assumptions.restrict is not None
+            columns += [] if alone else ["other_root"]
             lines += [self.table[columns].to_string(float_format=_digits)]
             lines += [self._about_root]
         else:

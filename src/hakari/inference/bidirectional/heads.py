@@ -102,8 +102,11 @@ def product(phi: Float[ndarray, "n P"]) -> Float[ndarray, "P P"]:
 
 
 def folds_of(rows: int, folds: int) -> Int[ndarray, " n"]:
-    """Fold of each row of a block: chunks of `CHUNK` in turn, so that neighbours stay together."""
-    return np.asarray(np.arange(rows) // CHUNK % folds)
+    """Fold of each row of a block: chunks of `CHUNK` in turn, so that neighbours stay together.
+
+    Chunks of a small block are smaller, so that every fold has some of it.
+    """
+    return np.asarray(np.arange(rows) // max(1, min(CHUNK, rows // folds)) % folds)
 
 
 def ridge(sums: Grams) -> Heads:
@@ -115,7 +118,7 @@ def ridge(sums: Grams) -> Heads:
     folds = len(sums.gram)
     if sums.rows.min() < 2:
         raise ValueError(
-            f"a fold has {sums.rows.min():.0f} rows: at least {CHUNK * folds:,} rows are needed"
+            f"a fold has {sums.rows.min():.0f} rows, too few to learn from: give more rows"
         )
     gram, cross = sums.gram.sum(axis=0), sums.cross.sum(axis=0)
     paths = [_path(gram - g, cross - c) for g, c in zip(sums.gram, sums.cross, strict=True)]

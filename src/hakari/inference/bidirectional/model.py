@@ -206,7 +206,7 @@ class BidirectionalEffects(Parameters):
         mine, theirs = self._identity, other._identity
         if self._online is not None or other._online is not None:
             raise ValueError("models of method 'online-qml' do not merge: their steps do not add")
-        for name in mine:
+        for name in [name for name in mine if name in theirs]:
             if mine[name] != theirs[name]:
                 raise ValueError(
                     f"models with {name} {mine[name]!r} and {theirs[name]!r} do not merge"
@@ -372,7 +372,10 @@ class BidirectionalEffects(Parameters):
     def _identity(self) -> dict[str, Any]:
         """What models must share to be merged."""
         names = ("y1", "y2", "regimes", "covariance", "restrict", "bootstraps")
-        return {name: getattr(self, name) for name in names}
+        found = {name: getattr(self, name) for name in names}
+        found |= {"covariates": list(self.covariates)}
+        started = self._nuisance is not None or self._stream is not None
+        return found | ({"regimes of the values": self.nuisance.regimes} if started else {})
 
     def _refuse_halfway(self) -> None:
         if self._passes is not None:

@@ -18,6 +18,7 @@ FOLDS = 5
 FLOOR = 1e-4  # share of the mean square that is added to a square before its log
 REACH = 4.0  # standard deviations of predicted log variances beyond which they are cut
 FEWEST = 1000  # rows that features and heads can be made from
+MOST_REGIMES = 200  # each is an instrument of its own
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,11 @@ def warmed_up(features: Features | None, rows: Rows, names: Sequence[str]) -> Nu
         if not unit[j] > 1e-12 * abs(centre[j]):
             raise ValueError(f"y{j + 1} is {centre[j]:g} in all rows: it has no effect to find")
     regimes = () if rows.regimes is None else tuple(np.unique(rows.regimes).tolist())
+    if len(regimes) > MOST_REGIMES:
+        raise ValueError(
+            f"{len(regimes):,} regimes in {len(rows):,} rows: at most {MOST_REGIMES} are taken; "
+            "give a column of few values, or make it a covariate"
+        )
     if not rows.X.shape[1] or features is None:
         return Nuisance(None, centre, unit, regimes)
     y = (rows.y - centre) / unit

@@ -15,6 +15,8 @@ from numpy import ndarray
 from hakari.inference import tables
 from hakari.inference.tables import Missing, Wanted
 
+LARGEST = 1e150  # whose square is still a number
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -168,8 +170,9 @@ def _numbers(block: pd.DataFrame | pa.RecordBatch, name: str, first: int) -> nda
             f"{name} does not hold numbers ({column[0]!r} in row {first + 1}): encode it, for "
             "example as dummies"
         ) from None
-    if not np.isfinite(values).all():
-        row = int(np.argmin(np.isfinite(values)))
+    fine = np.abs(values) < LARGEST  # so is no NaN
+    if not fine.all():
+        row = int(np.argmin(fine))
         raise ValueError(f"{name} is {values[row]} in row {first + row + 1}: drop or mend the row")
     return values
 

@@ -85,7 +85,9 @@ def read(path: Path) -> dict[str, Any]:
 
 def _plain(value: Any, arrays: dict[str, ndarray]) -> Any:
     """As JSON takes it; arrays are put aside under names."""
-    if isinstance(value, np.ndarray) and value.dtype != object:
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        return {"labels": [_plain(label, arrays) for label in value]}
+    if isinstance(value, np.ndarray):
         name = f"a{len(arrays)}"
         arrays[name] = value
         return {"array": name}
@@ -110,6 +112,8 @@ def _made(record: Any, arrays: dict[str, ndarray]) -> Any:
         return record
     if "array" in record:
         return arrays[record["array"]]
+    if "labels" in record:
+        return np.array(record["labels"], dtype=object)
     if "basis" in record:
         return basis_from_dict(record["basis"])
     if "map" in record:
