@@ -53,3 +53,10 @@ def test_a_set_prints_as_a_sentence_and_a_restriction_has_no_other_root():
     assert repr(found.confidence_set(0.95)) == found.confidence_set(0.95).text
     assert "other" not in str(found)
     assert "root: the one with b=0, as assumed" in str(found)
+
+
+def test_an_empty_model_takes_nothing_of_other_outcomes():
+    empty = hi.BidirectionalEffects("q", "p", ["u", "v"])
+    with refused("models with y1 'q' and 'p' do not merge"):
+        empty.merge(model().fit(DATA))
+    assert empty.rows == 0

@@ -200,17 +200,17 @@ class BidirectionalEffects(Parameters):
             raise ValueError("a model does not merge with itself: its rows would count twice")
         if not other.rows:
             return self
-        if not self.rows:
-            self._copy(other)
-            return self
         mine, theirs = self._identity, other._identity
-        if self._online is not None or other._online is not None:
-            raise ValueError("models of method 'online-qml' do not merge: their steps do not add")
         for name in [name for name in mine if name in theirs]:
             if mine[name] != theirs[name]:
                 raise ValueError(
                     f"models with {name} {mine[name]!r} and {theirs[name]!r} do not merge"
                 )
+        if not self.rows:
+            self._copy(other)
+            return self
+        if self._online is not None or other._online is not None:
+            raise ValueError("models of method 'online-qml' do not merge: their steps do not add")
         if other._evidence is not None or self._evidence is not None:
             self._evidence = self._summed + other._summed
             self._nuisance = self._nuisance or other._nuisance
