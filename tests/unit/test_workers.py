@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import joblib
 import pytest
+from joblib.parallel import ThreadingBackend
 
 from hakari.inference.workers import in_order, workers
 
@@ -12,15 +13,27 @@ def square(number):
     return number**2
 
 
-@pytest.mark.parametrize("backend", ["threading", "loky", "multiprocessing", "sequential"])
-def test_results_come_in_order_by_any_backend(backend):
-    """`multiprocessing` returns lists only, as Ray's backend does."""
+@pytest.fixture
+def lists(monkeypatch):
+    """A backend that returns lists only, as those of multiprocessing and Ray."""
+    monkeypatch.setattr(ThreadingBackend, "supports_return_generator", False)
+
+
+def numbers(backend):
     with joblib.parallel_config(backend=backend, n_jobs=2):
-        found = list(in_order(joblib.delayed(square)(k) for k in range(11)))
-    assert found == [k**2 for k in range(11)]
+        return list(in_order(joblib.delayed(square)(k) for k in range(11)))
 
 
-def test_jobs_for_lists_are_taken_a_few_at_a_time():
+@pytest.mark.parametrize("backend", ["threading", "loky", "sequential"])
+def test_results_come_in_order_by_any_backend(backend):
+    assert numbers(backend) == [k**2 for k in range(11)]
+
+
+def test_results_come_in_order_by_lists(lists):
+    assert numbers("threading") == [k**2 for k in range(11)]
+
+
+def test_jobs_for_lists_are_taken_a_few_at_a_time(lists):
     taken = []
 
     def jobs():
@@ -28,7 +41,7 @@ def test_jobs_for_lists_are_taken_a_few_at_a_time():
             taken.append(k)
             yield joblib.delayed(square)(k)
 
-    with joblib.parallel_config(backend="multiprocessing", n_jobs=2):
+    with joblib.parallel_config(backend="threading", n_jobs=2):
         parts = in_order(jobs())
         assert next(parts) == 0
         assert taken == [0, 1, 2, 3]
