@@ -24,7 +24,7 @@ def test_the_committed_table_meets_the_goals():
 
 @pytest.mark.parametrize("n", [5000, 20_000])
 def test_the_bound_is_that_of_draws_of_the_design(n):
-    """√n errors of the moments with the design's own means and variances have the bound's size."""
+    """One sample's own variance ratio gives the committed bound, and a seed the same sample."""
     a, b = simulations.EFFECTS
     data, rho = simulations.draw(n, 1, 3)
     again, _ = simulations.draw(n, 1, 3)

@@ -18,7 +18,7 @@ def regimes(labels):
 def test_shards_with_other_regimes_do_not_merge():
     """Their instruments are dummies of other values, which would be added by place."""
     one, two = (model(regimes="r").fit(regimes(labels)) for labels in ("ab", "bc"))
-    with refused(r"regimes of the values \('a', 'b'\) and \('b', 'c'\) do not merge"):
+    with refused(r"values of the regimes \('a', 'b'\) and \('b', 'c'\) do not merge"):
         one.merge(two)
     assert one.merge(model(regimes="r").fit(regimes("ab"))).rows == 2 * len(DATA["u"])
 

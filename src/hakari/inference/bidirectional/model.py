@@ -375,7 +375,7 @@ class BidirectionalEffects(Parameters):
         found = {name: getattr(self, name) for name in names}
         found |= {"covariates": list(self.covariates)}
         started = self._nuisance is not None or self._stream is not None
-        return found | ({"regimes of the values": self.nuisance.regimes} if started else {})
+        return found | ({"values of the regimes": self.nuisance.regimes} if started else {})
 
     def _refuse_halfway(self) -> None:
         if self._passes is not None:
