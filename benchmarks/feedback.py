@@ -178,14 +178,14 @@ def five_passes(batches: list[pa.RecordBatch], rows: int) -> Answer:
     from hakari.inference.bidirectional import batch
     from hakari.inference.bidirectional.evidence import Assumptions
     from hakari.inference.bidirectional.nuisance import warmed_up
-    from hakari.inference.bidirectional.rows import Columns, read, spread_rows
+    from hakari.inference.bidirectional.rows import Columns, read, sampled
 
     columns = Columns("y1", "y2", tuple(NAMES))
 
     def blocks() -> Any:
         return read(stream(batches, rows), columns)
 
-    nuisance = warmed_up(FEATURES, spread_rows(blocks(), 20_000), NAMES)
+    nuisance = warmed_up(FEATURES, sampled(blocks(), 20_000).rows, NAMES)
     told = lambda name, done: None  # noqa: E731
     passes = batch.fit(batch.Passes(nuisance), Assumptions(), blocks, 0, 0, told)
     found = Assumptions().solve(passes.sums.sums)

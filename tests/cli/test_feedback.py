@@ -175,7 +175,7 @@ def test_what_the_data_cannot_tell_is_said_and_is_no_error(type_in, folder):
     assert found["identification"]["identified"] is False
     assert found["set"]["kind"] == "unbounded"
     assert found["set"]["reaches"]
-    assert found["set"]["text"].startswith("95% Anderson-Rubin set: a from")
+    assert found["set"]["text"].startswith("95% Anderson-Rubin set with |ab| ≤ 1: a from")
     assert "The data cannot tell" in Path("plain/report.html").read_text()
 
 

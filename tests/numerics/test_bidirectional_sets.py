@@ -70,7 +70,7 @@ def test_vertices_are_critical_and_membership_is_exact():
     assert found.contains(a, b)
     assert found.contains(1 / b, 1 / a)
     assert not found.contains(a + 1, b)
-    assert found.text.startswith("95% Anderson-Rubin set: a from 0.")
+    assert found.text.startswith("95% Anderson-Rubin set with |ab| ≤ 1: a from 0.")
 
 
 @pytest.mark.parametrize("copies", [10**p for p in range(8, 15)])

@@ -34,7 +34,7 @@ def test_text_regimes_are_saved_while_they_wait(tmp_path):
 
 
 def test_a_column_that_is_no_regime_and_values_beyond_squares_are_refused():
-    with refused("2,000 regimes in 2,000 rows: at most 200 are taken"):
+    with refused("6,000 regimes in 6,000 rows: at most 200 are taken"):
         model(regimes="r").fit(DATA | {"r": np.arange(6000)})
     huge = DATA | {"p": np.where(np.arange(6000) == 7, 1e300, DATA["p"])}
     with refused("p is 1e.300 in row 8: drop or mend the row"):
@@ -60,3 +60,98 @@ def test_an_empty_model_takes_nothing_of_other_outcomes():
     with refused("models with y1 'q' and 'p' do not merge"):
         empty.merge(model().fit(DATA))
     assert empty.rows == 0
+
+
+def test_rows_that_alternate_are_all_seen():
+    """Two shops in turn: a covariate and a regime that every second row has."""
+    rng = np.random.default_rng(1)
+    n = 45_000
+    shop = np.arange(n) % 2
+    e = rng.standard_normal((2, n)) * np.where(shop, [[2.0], [0.5]], [[1.0], [1.0]])
+    p, q = np.linalg.solve([[1.0, -0.5], [-0.4, 1.0]], e)
+    data = {"p": p, "q": q, "u": shop.astype(float), "v": rng.uniform(size=n), "r": shop}
+    by_covariate, by_regime = model(), model(regimes="r")
+    for found in (by_covariate, by_regime):
+        effects = found.fit(data).effects()
+        np.testing.assert_allclose(effects.estimate, (0.5, 0.4), atol=0.05)
+
+
+def test_a_rare_regime_has_its_dummy_or_is_refused():
+    data = regimes("ab")
+    late = np.arange(6000) >= 5960
+    labels = np.where(late, "z", data["r"])
+    found = model(regimes="r", warm_up=1000).fit(data | {"r": labels})
+    assert found.nuisance.regimes == ("a", "b", "z")
+    few = np.where(np.arange(6000) >= 5990, "z", data["r"])
+    with refused("regime 'z' has 10 rows, and 30 are needed: join it with another, or drop it"):
+        model(regimes="r").fit(data | {"r": few})
+
+
+def test_text_regimes_come_in_a_stream():
+    frame = pd.DataFrame(regimes("ab"))
+    parts = [frame[i : i + 1500] for i in range(0, 6000, 1500)]
+    once = model(regimes="r", warm_up=2000).fit(iter(parts))
+    assert once.nuisance.regimes == ("a", "b")
+    with refused("regime 'c' is not among those of the rows that were learned from first"):
+        once.partial_fit(frame.assign(r="c"))
+
+
+def test_two_regimes_with_a_constant_covariance_are_refused_with_the_way_out():
+    for data in (regimes("ab"), iter([pd.DataFrame(regimes("ab"))])):
+        with refused("two regimes .a, b. with covariance 'constant' tell one effect: give three"):
+            model(regimes="r", covariance="constant", warm_up=2000).fit(data)
+
+
+@pytest.mark.parametrize(
+    ("settings", "data", "message"),
+    [
+        ({"regimes": "r"}, regimes([1, "b"]), "regimes of several kinds .int, str.: write all"),
+        ({}, DATA | {"p": DATA["p"] + 1j}, "p does not hold numbers"),
+        ({"half_life": "a"}, DATA, "half_life 'a': at least 1,024 rows are needed; leave it out"),
+        ({"window": 10}, DATA, "window 10: at least 1,024 rows are needed; leave it out"),
+        ({"bootstraps": True}, DATA, "bootstraps True: a whole number"),
+    ],
+)
+def test_settings_and_values_that_do_not_fit(settings, data, message):
+    with refused(message):
+        model(**settings).fit(data)
+
+
+def test_a_column_that_stands_twice_is_refused():
+    frame = pd.DataFrame(DATA)
+    frame = pd.concat([frame, frame[["u"]]], axis=1)
+    for data in (frame, iter([frame])):
+        with refused("column 'u' is in the data 2 times: rename all but one"):
+            model().fit(data)
+
+
+def test_ctrl_c_in_the_first_reading_leaves_the_model_as_it_was(monkeypatch):
+    found = model().fit(DATA)
+    before = found.effects().estimate
+
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hi.bidirectional.model, "sampled", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        found.fit(DATA)
+    assert found.effects().estimate == before
+
+
+def test_the_set_says_which_root_it_is_about_and_levels_keep_their_digits():
+    found = model(root="mirror").fit(DATA).effects()
+    assert found.confidence_set(0.999).text.startswith(
+        "99.9% Anderson-Rubin set with |ab| ≤ 1: a from "
+    )
+
+
+def test_another_method_says_whose_set_is_shown():
+    found = str(model(method="single-equation").fit(DATA).effects())
+    said = found.index("by the orthogonal moments, whatever the method:")
+    assert said < found.index("Anderson-Rubin set") < found.index("identified")
+
+
+def test_a_classifier_is_no_regressor():
+    ensemble = pytest.importorskip("sklearn.ensemble")
+    with refused("is a classifier: give one that predicts numbers"):
+        model(regressor=ensemble.RandomForestClassifier()).fit(DATA)

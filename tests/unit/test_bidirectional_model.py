@@ -15,7 +15,7 @@ import hakari.inference as hi
 from hakari.inference.bidirectional.confidence_set import confidence_set
 from hakari.inference.bidirectional.effects import _inverted
 from hakari.inference.bidirectional.identification import identification
-from hakari.inference.bidirectional.rows import Columns, read, spread_rows
+from hakari.inference.bidirectional.rows import Columns, read, sampled
 from hakari.inference.bidirectional.structure import mirror
 from tests.bidirectional_designs import EFFECTS, system, table
 
@@ -275,21 +275,25 @@ def test_data_that_do_not_fit():
         model().effects()
 
 
-@pytest.mark.parametrize("rows", [1000, 3000, 7000])
-def test_rows_are_spread_over_all_blocks(rows):
-    data = {"p": np.arange(7001.0), "q": np.arange(7001.0), "u": np.zeros(7001)}
-    columns = Columns("p", "q", ("u",))
-    whole = next(read(data, columns))
-    blocks = [whole.cut(i, i + 501) for i in range(0, 7001, 501)]  # strides do not divide them
-    kept = spread_rows(blocks, rows).y[:, 0]
-    stride = next(2**k for k in range(9) if -(-7001 // 2**k) <= 2 * rows)
-    every = np.arange(0, 7001, stride)
-    np.testing.assert_array_equal(
-        kept, every[np.linspace(0, len(every) - 1, rows).round().astype(int)]
-    )
-    assert np.diff(kept).max() <= 2 * np.diff(kept).min()
+@pytest.mark.parametrize("rows", [1000, 3000, 7001])
+def test_rows_are_drawn_from_all_blocks_however_they_are_cut(rows):
+    numbers = np.arange(7001.0)
+    data = {"p": numbers, "q": numbers, "u": numbers % 2}
+    whole = next(read(data, Columns("p", "q", ("u",))))
+    kept = [
+        sampled([whole.cut(i, i + size) for i in range(0, 7001, size)], rows).rows
+        for size in (501, 64, 7001)
+    ]
+    assert len(kept[0]) == rows
+    for other in kept[1:]:
+        np.testing.assert_array_equal(kept[0].y, other.y)
+    assert (np.diff(kept[0].y[:, 0]) > 0).all()
+    counts = np.histogram(kept[0].y[:, 0], bins=10, range=(0, 7000))[0]
+    assert np.abs(counts / rows - 0.1).max() < 0.04
+    assert abs(kept[0].X.mean() - 0.5) < 0.05  # of rows that alternate
+    assert rows == 7001 or sampled([whole], rows, seed=1).rows.y[0, 0] != kept[0].y[0, 0]
     with refused("the data have no rows"):
-        spread_rows(iter([]), rows)
+        sampled(iter([]), rows)
 
 
 def test_an_empty_model_takes_what_another_has_learned():
@@ -305,8 +309,27 @@ def test_an_empty_model_takes_what_another_has_learned():
 
 
 def test_a_method_that_is_set_later_is_not_what_was_learned():
-    with refused("method was set to 'online-qml' after learning: fit again"):
+    with refused("method was 'moments' when this model learned and is 'online-qml' now"):
         model().fit(DATA).set_params(method="online-qml").effects()
+
+
+@pytest.mark.parametrize(
+    "change", [{"y1": "q", "y2": "p"}, {"covariates": ["u"]}, {"features": hi.Polynomial(3)}]
+)
+def test_what_was_learned_is_not_given_other_names(change, tmp_path):
+    """A stream would take columns for others; `fit` begins anew."""
+    begun = model(warm_up=2000).partial_fit(DATA)
+    begun.save(tmp_path / "model.npz")
+    for found in (begun, hi.BidirectionalEffects.load(tmp_path / "model.npz")):
+        found.set_params(**change)
+        for learn in (
+            lambda m: m.partial_fit(DATA),
+            lambda m: m.effects(),
+            lambda m: model().merge(m),
+        ):
+            with refused("when this model learned and is .* now: set it back, or fit again"):
+                learn(found)
+        assert found.fit(DATA).effects().evidence.rows == 6000
 
 
 def test_what_may_not_follow_what():

@@ -28,10 +28,12 @@ class Wanted:
     """Columns to read: those required, and words of the formula that may be columns.
 
     formulaic counts `lag`, `exp` or `poly` as its functions, also where a column bears the name.
+    levels: whether text columns are to be encoded, for which all their values must be known first.
     """
 
     required: tuple[str, ...]
     words: frozenset[str] = frozenset()
+    levels: bool = True
 
 
 def open_table(
@@ -42,10 +44,10 @@ def open_table(
         data = _dataset(Path(data))
         if isinstance(data.format, pads.ParquetFileFormat):
             needed = _choose(wanted, data.schema.names)
-            return _parquet_batches(data, needed), _dataset_levels(data, needed)
+            return _parquet_batches(data, needed), _dataset_levels(data, needed, wanted)
         needed, names = _choose(wanted, data.schema.names), data.schema.names
         batches = data.to_batches(columns=needed, batch_size=BLOCK_ROWS)
-        levels = _dataset_levels(data, needed)
+        levels = _dataset_levels(data, needed, wanted)
         return _named(batches, str(data.files[0]), names), levels
     if isinstance(data, dict):
         data = pd.DataFrame(data)
@@ -58,7 +60,7 @@ def open_table(
         batches = data.to_batches(
             columns=needed, batch_size=BLOCK_ROWS, batch_readahead=2, fragment_readahead=1
         )
-        return batches, _dataset_levels(data, needed)
+        return batches, _dataset_levels(data, needed, wanted)
     frame = _to_pandas(data)
     needed = _choose(wanted, list(frame.columns))
     frame = frame[needed]
@@ -67,7 +69,7 @@ def open_table(
     levels = {
         name: _levels(name, frame[name].dropna().unique().tolist())
         for name in text
-        if not isinstance(frame[name].dtype, pd.CategoricalDtype)
+        if wanted.levels and not isinstance(frame[name].dtype, pd.CategoricalDtype)
     }
     starts = range(0, max(len(frame), 1), BLOCK_ROWS)
     return (frame.iloc[start : start + BLOCK_ROWS] for start in starts), levels
@@ -127,8 +129,10 @@ def _parquet_batches(data: pads.FileSystemDataset, needed: list[str]) -> Iterato
             yield from file.iter_batches(BLOCK_ROWS, columns=needed)
 
 
-def _dataset_levels(data: pads.Dataset, needed: list[str]) -> dict[str, list[Any]]:
+def _dataset_levels(data: pads.Dataset, needed: list[str], wanted: Wanted) -> dict[str, list[Any]]:
     """One pass over the text columns only, so that every block is encoded alike."""
+    if not wanted.levels:
+        return {}
     text = [
         name
         for name in needed
@@ -162,7 +166,7 @@ def _from_stream(data: Iterable[Any], wanted: Wanted) -> Iterator[pd.DataFrame]:
         needed = _choose(wanted, list(frame.columns))
         frame = frame[needed]
         text = [n for n in needed if frame[n].dtype.kind in "OUT" if frame[n].dtype != "category"]
-        if text:
+        if text and wanted.levels:
             raise ValueError(
                 f"text columns {', '.join(text)} in a stream: their levels are not known before "
                 "the end; pass a file or a frame, or categorical columns with all levels"
@@ -193,6 +197,9 @@ def _choose(wanted: Wanted, available: list[str]) -> list[str]:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             shown = ", ".join(map(str, available[:20])) + (", ..." if len(available) > 20 else "")
             raise ValueError(f"no column {name!r} in the data{hint} (columns: {shown})")
+        if available.count(name) > 1:
+            count = available.count(name)
+            raise ValueError(f"column {name!r} is in the data {count} times: rename all but one")
     extra = [name for name in available if name in wanted.words - {*wanted.required}]
     return [*wanted.required, *extra]
 

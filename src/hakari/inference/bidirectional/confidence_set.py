@@ -33,7 +33,13 @@ from hakari.inference.bidirectional.orthogonal_moments import (
     Standard,
     anderson_rubin,
 )
-from hakari.inference.bidirectional.set_pieces import Slice, interval_text, merged, pieces_of
+from hakari.inference.bidirectional.set_pieces import (
+    Slice,
+    interval_text,
+    merged,
+    percent,
+    pieces_of,
+)
 
 Kind = Literal["empty", "bounded", "two pieces", "unbounded", "all"]
 LINES = 181  # values of t that are tried before the set's own range is known
@@ -80,7 +86,7 @@ class ConfidenceSet:
     def text(self) -> str:
         """The set in plain words."""
         given = f" given {self.restrict}" if self.restrict else ""
-        label = f"{self.level:.0%} Anderson-Rubin set{given}"
+        label = f"{percent(self.level)} Anderson-Rubin set{given}"
         if self.kind == "empty":
             return f"{label}: empty, no effects agree with all instruments"
         if self.kind == "all":
@@ -88,7 +94,9 @@ class ConfidenceSet:
         if self.restrict:
             name, free = ("a", self.a) if self.restrict == "b=0" else ("b", self.b)
             return f"{label}: {name} from {interval_text(free)}"
-        found = f"{label}: a from {interval_text(self.a)}; b from {interval_text(self.b)}"
+        found = (
+            f"{label} with |ab| ≤ 1: a from {interval_text(self.a)}; b from {interval_text(self.b)}"
+        )
         if self.kind != "unbounded":
             return found
         return f"{found}; it reaches {' and '.join(self.edges)}, where no rule picks a root"

@@ -1,12 +1,14 @@
 """An alarm for effects that change along a stream: a CUSUM of the moments' scores.
 
-A batch's moments at the estimate from the rows before it, over √(1 + n/N), are like a recursive
-residual: without change their standardised sum is a random walk, W. By Ville's inequality for the
-normal mixture of its exponential martingales (Robbins, 1970),
+A batch's scores of the effects at the estimate from the rows before it are like recursive
+residuals: with G their sum, Q the sum of their rows' squares, both over 1 + n/N for the error of
+that estimate, G is without change a martingale that Q keeps in scale, and
 
-    P{ some n: |W|² ≥ 2 (n + m) (log 1/α + log(1 + n/m)) } ≤ α
+    P{ some batch: G'(Q + m I)⁻¹ G ≥ 2 log 1/α + log det(I + Q/m) } ≤ α
 
-however long the stream; m is the number of rows at which the bound is tightest.
+however long the stream: Robbins' (1970) mixture of exponential martingales, normalised by what was
+seen instead of a variance that is known (de la Peña, Klass and Lai, 2004: exact for symmetric
+scores, whose tails do not matter then). The bound is tightest where Q is about m I.
 """
 
 from __future__ import annotations
@@ -40,47 +42,73 @@ class Alarm:
 
 @dataclass(frozen=True)
 class Monitor:
-    """The walk. walk (2,): W of both moments; rows: n; scale: m; first: rows before it began.
+    """The walk. walk (2,): G of both effects' scores; squares (2, 2): Q; scale: m; rows: n.
 
-    ratio: the largest |W|² over the bound so far; above 1 there is an alarm.
+    Scores have unit variance by the rows before. ratio: the largest statistic over its bound so
+    far; above 1 there is an alarm.
     """
 
     walk: Float[ndarray, " 2"]
-    rows: float
+    squares: Float[ndarray, "2 2"]
     scale: float
+    rows: float = 0.0
     ratio: float = 0.0
     alarm: Alarm | None = None
 
     @classmethod
     def starting(cls, rows: float) -> Monitor:
         """Before the first batch, after so many rows of a warm-up."""
-        return cls(np.zeros(2), 0.0, rows)
+        return cls(np.zeros(2), np.zeros((2, 2)), rows)
 
     @property
-    def bound(self) -> float:
-        """Of |W|²."""
-        n, m = self.rows, self.scale
-        return 2 * (n + m) * (log(1 / LEVEL) + log(1 + n / m))
+    def heights(self) -> tuple[float, float]:
+        """The statistic and its bound."""
+        total = self.squares + self.scale * np.eye(2)
+        growth = float(np.linalg.slogdet(total / self.scale)[1])
+        return float(self.walk @ np.linalg.solve(total, self.walk)), 2 * log(1 / LEVEL) + growth
 
     def after(self, assumptions: Assumptions, before: MomentSums, new: MomentSums) -> Monitor:
         """The walk after a batch, judged at the estimate from the rows before."""
         past, batch = assumptions.moments(before), assumptions.moments(new)
-        found = past.solve(assumptions.restrict)
-        if not np.isfinite(found.uv).all() or past.instruments < 2:
+        turn = _scores(past, assumptions)
+        if turn is None:
             return self
-        u, v = found.uv
-        g = (np.kron([1.0, -u, -v], np.eye(batch.instruments)) @ batch.first)[:2]
-        V = past.score_covariance(u, v)[:2, :2]
-        step = np.linalg.solve(np.linalg.cholesky(V), g)
-        step = step / sqrt(1 + new.count / past.weight)
-        moved = replace(self, walk=self.walk + step, rows=self.rows + new.count)
-        ratio = float(moved.walk @ moved.walk) / moved.bound
+        u, v = past.solve(assumptions.restrict).uv
+        g = np.kron([1.0, -u, -v], np.eye(batch.instruments)) @ batch.first
+        square = batch.weight * batch.score_covariance(u, v)
+        share = 1 + new.count / past.weight
+        moved = replace(
+            self,
+            walk=self.walk + turn @ g / sqrt(share),
+            squares=self.squares + turn @ square @ turn.T / share,
+            rows=self.rows + new.count,
+        )
+        height, bound = moved.heights
         alarm = self.alarm
-        if alarm is None and ratio >= 1:
+        if alarm is None and height >= bound:
             alarm = Alarm(int(self.scale + moved.rows), LEVEL)
-        return replace(moved, ratio=max(self.ratio, ratio), alarm=alarm)
+        return replace(moved, ratio=max(self.ratio, height / bound), alarm=alarm)
 
     def beside(self, other: Monitor) -> Monitor:
         """The walk, with the other's alarm where it has none: shards are watched apart."""
         alarm = self.alarm or other.alarm
         return replace(self, ratio=max(self.ratio, other.ratio), alarm=alarm)
+
+
+def _scores(past: MomentSums, assumptions: Assumptions) -> Float[ndarray, "2 q"] | None:
+    """What makes scores of u and v from the moments, of unit covariance by the rows so far.
+
+    A row of zeros stands for an effect that is known. None where there is no estimate.
+    """
+    u, v = past.solve(assumptions.restrict).uv
+    if not np.isfinite([u, v]).all():
+        return None
+    free = {None: [1, 2], "b=0": [2], "a=0": [1]}[assumptions.restrict]
+    V = past.score_covariance(u, v)
+    size = np.sqrt(np.diag(V))
+    inverse = np.linalg.pinv(V / np.outer(size, size), rcond=1e-10, hermitian=True)
+    V = inverse / np.outer(size, size)  # its inverse, without instruments that are one too many
+    D = past.first.reshape(3, -1)[free].T
+    out = np.zeros((2, len(V)))
+    out[: len(free)] = np.linalg.solve(np.linalg.cholesky(D.T @ V @ D), D.T @ V)
+    return out

@@ -149,9 +149,8 @@ class Effects:
         return _inverted(found.b), _inverted(found.a)
 
     def set_text(self, level: float = 0.95) -> str:
-        """The confidence set in words, which are about its part with |ab| < 1."""
-        text = self.confidence_set(level).text
-        return text if self.root == "stable" else f"{text} (the points with |ab| < 1)"
+        """The confidence set in words, which are about its part with |ab| ≤ 1."""
+        return self.confidence_set(level).text
 
     @cached_property
     def multipliers(self) -> pd.DataFrame:
@@ -251,6 +250,8 @@ class Effects:
             lines += [self._about_root]
         else:
             lines += [f"no point estimate of {two} on {one} and {one} on {two}"]
+        if self.method != "moments":
+            lines += ["by the orthogonal moments, whatever the method:"]
         lines += [self.set_text(), str(self.identification)]
         return "\n".join(lines)
 

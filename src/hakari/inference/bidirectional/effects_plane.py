@@ -14,6 +14,7 @@ from numpy import ndarray
 
 from hakari.inference.bidirectional.confidence_set import ConfidenceSet
 from hakari.inference.bidirectional.effects import Effects
+from hakari.inference.bidirectional.set_pieces import percent
 from hakari.inference.plots import BLUE, GREY, INK, ORANGE, PALE, WIDTH
 
 MARGIN = 0.12  # of the set's size, around it
@@ -101,7 +102,8 @@ def _clipped(polygon: Polygon, column: int, sign: int, least: float) -> Polygon:
 
 def _shade(axis: Axes, found: ConfidenceSet, frame: Frame) -> None:
     """Pieces, and their mirrors; the set of a triangular system is a line."""
-    text, far = f"{found.level:.0%} Anderson-Rubin set", BEYOND * (frame.size + abs(frame.low))
+    text = f"{percent(found.level)} Anderson-Rubin set"
+    far = BEYOND * (frame.size + abs(frame.low))
     if found.restrict:
         for place, span in enumerate(found.a if found.restrict == "b=0" else found.b):
             line = np.zeros((2, 2))

@@ -138,14 +138,23 @@ def _path(gram: Float[ndarray, "P P"], cross: Float[ndarray, "P t"]) -> ndarray:
     By the eigenvectors of the centred Gram, whose negative eigenvalues are its rounding.
     """
     n, mean = gram[0, 0], gram[0] / gram[0, 0]
-    values, vectors = np.linalg.eigh(gram[1:, 1:] - n * np.outer(mean[1:], mean[1:]))
+    values, vectors = np.linalg.eigh(_centred(gram))
     values = np.maximum(values, 0.0)
     turned = vectors.T @ (cross[1:] - np.outer(mean[1:], cross[0]))
-    size = max(float(values.mean()) if len(values) else 0.0, 1e-300)
+    size = mean_size(gram)
     shrunk = turned / (values[:, None] + size * PENALTIES[:, None, None])
     slopes = vectors @ shrunk
     constant = cross[0] / n - mean[1:] @ slopes
     return np.concatenate([constant[:, None], slopes], axis=1)
+
+
+def mean_size(gram: Float[ndarray, "P P"]) -> float:
+    """Mean diagonal of the centred Gram, which penalties are relative to."""
+    return max(float(np.diag(_centred(gram)).mean()) if len(gram) > 1 else 0.0, 1e-300)
+
+
+def _centred(gram: Float[ndarray, "P P"]) -> Float[ndarray, "Q Q"]:
+    return np.asarray(gram[1:, 1:] - np.outer(gram[0, 1:], gram[0, 1:]) / gram[0, 0])
 
 
 def _errors(sums: Grams, k: int, path: ndarray) -> Float[ndarray, "penalties t"]:

@@ -31,10 +31,17 @@ from hakari.inference.bidirectional.rows import (
     is_stream,
     read,
     recut,
-    spread_rows,
+    refuse_rare,
+    refuse_two,
+    sampled,
     stacked,
 )
-from hakari.inference.bidirectional.settings import Parameters, checked
+from hakari.inference.bidirectional.settings import (
+    Parameters,
+    checked,
+    learned_with,
+    refuse_changed,
+)
 from hakari.inference.bidirectional.single_equation import single_equation
 from hakari.inference.bidirectional.stream import Forgetting, Stream
 from hakari.inference.patience import told
@@ -107,6 +114,7 @@ class BidirectionalEffects(Parameters):
         self._online: OnlineFit | None = None
         self._waiting: list[Rows] = []
         self._passes: Passes | None = None
+        self._learned: dict[str, Any] | None = None
         self.interrupted = False
 
     # --- learning -----------------------------------------------------------------------------
@@ -123,7 +131,8 @@ class BidirectionalEffects(Parameters):
 
         Ctrl-C keeps what is done, and `interrupted` says so: a stream answers with the rows so far,
         and takes more by `partial_fit`; a fit on data at rest goes on from its last block with
-        `resume` and the same data (of method "online-qml" and a regressor nothing is kept).
+        `resume` and the same data (of method "online-qml" and a regressor nothing is kept). In the
+        first reading, which chooses features, it leaves the model as it was before, and is raised.
         Raises ValueError for columns, values or settings that do not fit, and for a resume of
         what was not interrupted, or with other data.
         """
@@ -135,11 +144,16 @@ class BidirectionalEffects(Parameters):
         if resume:
             if self._passes is None:
                 raise ValueError("no fit of this model was interrupted: fit without resume")
+            refuse_changed(self._learned, self.get_params())
             return self._passed(self._passes, blocks, progress)
-        self._forget()
         if is_stream(data) or forgetting != Forgetting():
+            self._forget()
             return self._streamed(read(data, columns, self.missing), progress)
-        nuisance = warmed_up(self.features, spread_rows(blocks(), self.warm_up), self.covariates)
+        sample = sampled(blocks(), self.warm_up, self.seed)
+        refuse_rare(sample.regimes)
+        self._refuse_two(list(sample.regimes))
+        nuisance = warmed_up(self.features, sample.rows, self.covariates, list(sample.regimes))
+        self._forget()
         if self.method != "online-qml" and self.regressor is None:
             return self._passed(batch.Passes(nuisance), blocks, progress)
         with told(progress) as tell:
@@ -183,6 +197,9 @@ class BidirectionalEffects(Parameters):
                 "fit has read its data more than once, which more rows cannot follow: start a new "
                 "model with partial_fit, or fit all of the data"
             )
+        if self._learned is None:
+            self._learned = learned_with(self.get_params())
+        refuse_changed(self._learned, self.get_params())
         for rows in read(data, columns, self.missing):
             self._take(rows)
         return self
@@ -194,8 +211,9 @@ class BidirectionalEffects(Parameters):
         for models of other outcomes or assumptions.
         """
         self._checked()
-        self._refuse_halfway()
-        other._refuse_halfway()
+        for model in (self, other):
+            model._refuse_halfway()
+            refuse_changed(model._learned, model.get_params())
         if other is self:
             raise ValueError("a model does not merge with itself: its rows would count twice")
         if not other.rows:
@@ -240,8 +258,6 @@ class BidirectionalEffects(Parameters):
     def _solution(self, evidence: Evidence) -> Solution:
         """The estimate by the method; sets and tests are those of the moments for all."""
         found = self._assumptions.solve(evidence.sums)
-        if (self.method == "online-qml") != (self._online is not None):
-            raise ValueError(f"method was set to {self.method!r} after learning: fit again")
         if self._online is not None:
             return found.moved(self._online.estimate, self._online.covariance)
         if self.method == "single-equation":
@@ -279,7 +295,7 @@ class BidirectionalEffects(Parameters):
         if self.regimes is not None:
             curve: Any = regime_ratios(self.nuisance.regimes, sums, at)
         else:
-            rows = spread_rows(read(data, columns, self.missing), 2000)
+            rows = sampled(read(data, columns, self.missing), 2000).rows
             curve = ratio_curves(self.nuisance, sums, at, rows, columns.covariates)[0]
         return variance_ratio(curve, (self.y1, self.y2))
 
@@ -331,6 +347,7 @@ class BidirectionalEffects(Parameters):
             "online": self._online,
             "waiting": tuple(self._waiting),
             "passes": self._passes,
+            "learned": self._learned,
         }
         saved.write(Path(path), state)
 
@@ -342,6 +359,7 @@ class BidirectionalEffects(Parameters):
         model._nuisance, model._evidence = state["nuisance"], state["evidence"]
         model._stream, model._waiting = state["stream"], list(state["waiting"])
         model._online, model._passes = state["online"], state["passes"]
+        model._learned = state["learned"]
         model.interrupted = model._passes is not None
         return model
 
@@ -354,12 +372,14 @@ class BidirectionalEffects(Parameters):
         self._nuisance, self._evidence = None, None
         self._stream, self._online = None, None
         self._waiting, self._passes, self.interrupted = [], None, False
+        self._learned = learned_with(self.get_params())
 
     def _copy(self, other: BidirectionalEffects) -> None:
         """What the other has learned; its settings stay its own."""
         self._nuisance, self._evidence = other._nuisance, other._evidence
         self._stream, self._online = other._stream, other._online
         self._waiting = list(other._waiting)
+        self._learned = other._learned
 
     def _checked(self) -> tuple[Columns, Forgetting]:
         return checked(self.get_params())
@@ -377,12 +397,17 @@ class BidirectionalEffects(Parameters):
         started = self._nuisance is not None or self._stream is not None
         return found | ({"values of the regimes": self.nuisance.regimes} if started else {})
 
+    def _refuse_two(self, regimes: Sequence[Any]) -> None:
+        if self.covariance == "constant" and self.restrict is None:
+            refuse_two(regimes)
+
     def _refuse_halfway(self) -> None:
         if self._passes is not None:
             raise ValueError(f"{self._passes.where}: go on with fit(data, resume=True)")
 
     @property
     def _summed(self) -> Evidence:
+        refuse_changed(self._learned, self.get_params())
         self._refuse_halfway()
         self._flushed()
         if self._evidence is not None:
@@ -434,6 +459,7 @@ class BidirectionalEffects(Parameters):
         whole = stacked(self._waiting)
         first, rest = whole.cut(0, self.warm_up), whole.cut(self.warm_up, len(whole))
         nuisance = warmed_up(self.features, first, self.covariates)
+        self._refuse_two(nuisance.regimes)
         if self.method == "online-qml":
             self._online, self._waiting = online_qml.start(nuisance, first, self.online), []
             self._take(whole)

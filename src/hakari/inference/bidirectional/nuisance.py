@@ -12,13 +12,12 @@ from numpy import ndarray
 
 from hakari.inference.bidirectional.features import Basis, Features
 from hakari.inference.bidirectional.heads import Grams, Heads, folds_of, ridge
-from hakari.inference.bidirectional.rows import Rows
+from hakari.inference.bidirectional.rows import Rows, regimes_of
 
 FOLDS = 5
 FLOOR = 1e-4  # share of the mean square that is added to a square before its log
-REACH = 4.0  # standard deviations of predicted log variances beyond which they are cut
+REACH = 2.0  # standard deviations of predicted log variances beyond which they are cut
 FEWEST = 1000  # rows that features and heads can be made from
-MOST_REGIMES = 200  # each is an instrument of its own
 
 
 @dataclass(frozen=True)
@@ -57,10 +56,10 @@ class Nuisance:
         which = np.empty(0) if rows.regimes is None else rows.regimes
         out = np.stack([which == label for label in self.regimes], axis=1).astype(float)
         if not out.any(axis=1).all():
-            label = which[~out.any(axis=1)][0]
+            label = which[~out.any(axis=1)].tolist()[0]
             raise ValueError(
-                f"regime {label!r} is not among those of the first rows "
-                f"({', '.join(map(str, self.regimes))}): shuffle the rows"
+                f"regime {label!r} is not among those of the rows that were learned from first "
+                f"({', '.join(map(str, self.regimes))}): give a longer warm_up, or other rows first"
             )
         return out
 
@@ -92,10 +91,16 @@ def shocks(W: Float[ndarray, "n 2"], effects: tuple[float, float]) -> Float[ndar
     return np.column_stack([W[:, 0] - a * W[:, 1], W[:, 1] - b * W[:, 0]])
 
 
-def warmed_up(features: Features | None, rows: Rows, names: Sequence[str]) -> Nuisance:
-    """Features and units from the first rows: means and log variances say what features matter.
+def warmed_up(
+    features: Features | None,
+    rows: Rows,
+    names: Sequence[str],
+    regimes: Sequence[Any] | None = None,
+) -> Nuisance:
+    """Features and units from some rows: means and log variances say what features matter.
 
-    Raises ValueError for fewer than 1,000 rows, and an outcome that is constant.
+    regimes: their labels, those of the rows by default. Raises ValueError for fewer than 1,000
+    rows, and an outcome that is constant.
     """
     if len(rows) < FEWEST:
         raise ValueError(f"{len(rows)} rows: at least {FEWEST:,} are needed to learn features from")
@@ -103,16 +108,11 @@ def warmed_up(features: Features | None, rows: Rows, names: Sequence[str]) -> Nu
     for j in range(2):
         if not unit[j] > 1e-12 * abs(centre[j]):
             raise ValueError(f"y{j + 1} is {centre[j]:g} in all rows: it has no effect to find")
-    regimes = () if rows.regimes is None else tuple(np.unique(rows.regimes).tolist())
-    if len(regimes) > MOST_REGIMES:
-        raise ValueError(
-            f"{len(regimes):,} regimes in {len(rows):,} rows: at most {MOST_REGIMES} are taken; "
-            "give a column of few values, or make it a covariate"
-        )
+    labels = tuple(regimes_of(rows) if regimes is None else regimes)
     if not rows.X.shape[1] or features is None:
-        return Nuisance(None, centre, unit, regimes)
+        return Nuisance(None, centre, unit, labels)
     y = (rows.y - centre) / unit
-    first = Nuisance(features.fit(rows.X, y, names), centre, unit, regimes)
+    first = Nuisance(features.fit(rows.X, y, names), centre, unit, labels)
     if getattr(features, "length_scale", None) != "relevance":
         return first
     phi, fold = first.matrix(rows), folds_of(len(rows), FOLDS)

@@ -35,7 +35,7 @@ from hakari.inference.bidirectional.online_steps import (
 )
 from hakari.inference.bidirectional.orthogonal_moments import DEPENDENT
 from hakari.inference.bidirectional.readings import Blocks
-from hakari.inference.bidirectional.rows import Rows, spread_rows
+from hakari.inference.bidirectional.rows import Rows, sampled
 from hakari.inference.bidirectional.structure import effects_jacobian, to_uv
 from hakari.inference.sampling import generator
 
@@ -112,7 +112,7 @@ def fit(
     of batches. tell: called with a pass and the rows that it has read. Raises ValueError for fewer
     rows than `begin` needs.
     """
-    nuisance, state = begin(nuisance, spread_rows(blocks(), WARM_UP), settings)
+    nuisance, state = begin(nuisance, sampled(blocks(), WARM_UP).rows, settings)
     states = [state] * FOLDS
     with threadpool_limits(1, user_api="blas"):
         for epoch in range(settings.epochs):

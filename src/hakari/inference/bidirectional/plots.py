@@ -10,6 +10,7 @@ from numpy import ndarray
 from scipy.stats import norm
 
 from hakari.inference.bidirectional.drift import Alarm
+from hakari.inference.bidirectional.set_pieces import percent
 from hakari.inference.bidirectional.variance_ratio import FEW, SPREAD, RatioCurve, RegimeRatios
 from hakari.inference.plots import BLUE, ORANGE, PALE, RED, WIDTH
 
@@ -49,7 +50,7 @@ def estimates_path(
         width = half * path[f"std_error_{name}"].to_numpy()
         axis.fill_between(
             rows, middle - width, middle + width, color=colour, alpha=0.2, lw=0,
-            label=f"{level:.0%} interval",
+            label=f"{percent(level)} interval",
         )  # fmt: skip
         axis.plot(rows, middle, color=colour, lw=1.6, label="estimate")
         if alarm is not None:

@@ -6,7 +6,7 @@ import numpy as np
 
 from hakari.inference.bidirectional.effects_plane import effects_plane
 from hakari.inference.bidirectional.plots import estimates_path, variance_ratio
-from hakari.inference.bidirectional.set_pieces import interval_text
+from hakari.inference.bidirectional.set_pieces import interval_text, percent
 from hakari.inference.bidirectional.study import Findings
 from hakari.inference.bidirectional.variance_ratio import RatioCurve
 from hakari.inference.iv_tables import number
@@ -48,7 +48,7 @@ def feedback_chapter(found: Findings, title: str, intro: str = "", command: str 
 
 def effects_table(found: Findings) -> Table:
     """Both effects with their errors and intervals, beside the other root and least squares."""
-    level = f"{found.study.level:.0%}"
+    level = percent(found.study.level)
     head = ["effect of", "estimate", "std. error", f"{level} interval", "other root", "alone"]
     rows = [
         [
@@ -137,7 +137,7 @@ def _answers(found: Findings) -> list[str]:
         row = table.loc[label]
         lines.append(
             f"One more of {cause} moves {outcome} by {number(row['estimate'])}, "
-            f"{study.level:.0%} interval {_interval(row['lower'], row['upper'])}."
+            f"{percent(study.level)} interval {_interval(row['lower'], row['upper'])}."
         )
     rule = f"Reported by rule: {found.effects.rule}"
     if not np.isfinite(found.effects.other_root).all():
@@ -148,7 +148,7 @@ def _answers(found: Findings) -> list[str]:
 
 def _set_says(found: Findings) -> list[str]:
     """The Anderson-Rubin set, with the names of the columns."""
-    kept, level = found.set, f"{found.study.level:.0%}"
+    kept, level = found.set, percent(found.study.level)
     if kept.kind == "empty":
         return [f"No pair of effects agrees with all moments at {level}: the model is rejected."]
     if kept.kind == "all":
@@ -209,7 +209,7 @@ def effects_blocks(found: Findings) -> list[Block]:
     picture = Picture(
         effects_plane(found.effects, found.study.level),
         f"Confidence set of the effects of {found.labels[0]} and {found.labels[1]}",
-        f"The {found.study.level:.0%} Anderson-Rubin set, right however little the variances "
+        f"The {percent(found.study.level)} Anderson-Rubin set, right however little the variances "
         "move, and its mirror (1/b, 1/a), at which the same distribution is written with the "
         "equations swapped.",
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,12 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 
 from hakari.inference import tables
+from hakari.inference.sampling import generator
 from hakari.inference.tables import Missing, Wanted
 
 LARGEST = 1e150  # whose square is still a number
+MOST_REGIMES = 200  # each is an instrument of its own
+FEWEST_OF_REGIME = 30  # rows that tell a regime's variances
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,8 @@ def read(data: Any, columns: Columns, missing: Missing = "raise") -> Iterator[Ro
     if isinstance(data, Rows):
         yield data
         return
-    wanted = Wanted((*columns.numbers, *([columns.regimes] if columns.regimes else [])))
+    names = (*columns.numbers, *([columns.regimes] if columns.regimes else []))
+    wanted = Wanted(names, levels=False)  # regimes are compared as they are
     blocks, _ = tables.open_table(data, wanted)
     first = 0
     for raw in blocks:
@@ -98,25 +103,66 @@ def recut(blocks: Iterable[Rows]) -> Iterator[Rows]:
         yield stacked(waiting)
 
 
-def spread_rows(blocks: Iterable[Rows], wanted: int) -> Rows:
-    """Rows spread evenly over all blocks, `wanted` of them or all; how many there are shows.
+@dataclass(frozen=True)
+class Sample:
+    """Rows drawn from all, in their order; regimes: how many of all rows each label has, sorted."""
 
-    Every row is kept, then every second, fourth and so on, whenever there are twice too many.
-    Raises ValueError where there are none.
+    rows: Rows
+    regimes: dict[Any, int]
+
+
+def sampled(blocks: Iterable[Rows], wanted: int, seed: int = 0) -> Sample:
+    """`wanted` rows drawn at random from all blocks, or all rows where these are fewer.
+
+    The rows are the same however the blocks are cut. Raises ValueError where there are no rows, and
+    for regimes of several kinds or too many.
     """
-    kept: list[Rows] = []
-    stride, at = 1, 0
+    chance = generator(seed, "sample of the rows")
+    kept, keys, limit = [], [], 1.0
+    regimes: Counter[Any] = Counter()
     for rows in blocks:
-        kept.append(rows.taken(np.arange(-at % stride, len(rows), stride)))
-        at += len(rows)
-        while sum(map(len, kept)) > 2 * wanted:
-            whole = stacked(kept)
-            kept, stride = [whole.taken(np.arange(0, len(whole), 2))], 2 * stride
+        key = chance.random(len(rows))
+        lucky = np.flatnonzero(key < limit)
+        kept.append(rows.taken(lucky))
+        keys.append(key[lucky])
+        if rows.regimes is not None:
+            regimes.update(_counted(rows.regimes))
+            _refuse_many(regimes)
+        if sum(map(len, keys)) > 2 * wanted:
+            kept, keys, limit = _luckiest(kept, keys, wanted)
     if not kept:
         raise ValueError("the data have no rows")
-    whole = stacked(kept)
-    even = np.linspace(0, len(whole) - 1, min(wanted, len(whole))).round().astype(int)
-    return whole.taken(even)
+    whole = stacked(_luckiest(kept, keys, wanted)[0])
+    return Sample(whole, {label: regimes[label] for label in _sorted(regimes)})
+
+
+def regimes_of(rows: Rows) -> dict[Any, int]:
+    """Labels of the regimes in rows, sorted, and how many rows each has; none without regimes.
+
+    Raises ValueError for regimes of several kinds or too many.
+    """
+    found = {} if rows.regimes is None else _counted(rows.regimes)
+    _refuse_many(found)
+    return {label: found[label] for label in _sorted(found)}
+
+
+def refuse_rare(regimes: Mapping[Any, int]) -> None:
+    """Raises ValueError for a regime of a handful of rows, whose variances nobody knows."""
+    for label, rows in regimes.items():
+        if rows < FEWEST_OF_REGIME:
+            raise ValueError(
+                f"regime {label!r} has {rows} rows, and {FEWEST_OF_REGIME} are needed: join it "
+                "with another, or drop it"
+            )
+
+
+def refuse_two(regimes: Sequence[Any]) -> None:
+    """Raises ValueError for two regimes, of which a constant covariance leaves one instrument."""
+    if len(regimes) == 2:
+        raise ValueError(
+            f"two regimes ({regimes[0]}, {regimes[1]}) with covariance 'constant' tell one effect: "
+            "give three regimes, or restrict='b=0' or 'a=0'"
+        )
 
 
 def is_stream(data: Any) -> bool:
@@ -164,6 +210,8 @@ def _rows(block: pd.DataFrame | pa.RecordBatch, columns: Columns, first: int) ->
 def _numbers(block: pd.DataFrame | pa.RecordBatch, name: str, first: int) -> ndarray:
     column = _column(block, name)
     try:
+        if np.iscomplexobj(column):
+            raise TypeError
         values = np.asarray(column, dtype=float)
     except (TypeError, ValueError):
         raise ValueError(
@@ -181,3 +229,45 @@ def _column(block: pd.DataFrame | pa.RecordBatch, name: str) -> Sequence[Any] | 
     if isinstance(block, pa.RecordBatch):
         return np.asarray(block.column(name).to_numpy(zero_copy_only=False))
     return np.asarray(block[name].to_numpy())
+
+
+def _luckiest(
+    kept: list[Rows], keys: list[ndarray], wanted: int
+) -> tuple[list[Rows], list[ndarray], float]:
+    """The rows of the least keys, those keys, and the first key above them."""
+    whole, key = stacked(kept), np.concatenate(keys)
+    if len(key) <= wanted:
+        return [whole], [key], 1.0
+    limit = float(np.partition(key, wanted)[wanted])
+    lucky = np.flatnonzero(key < limit)
+    return [whole.taken(lucky)], [key[lucky]], limit
+
+
+def _counted(regimes: ndarray) -> dict[Any, int]:
+    try:
+        labels, counts = np.unique(regimes, return_counts=True)
+    except TypeError:
+        raise _mixed(regimes) from None
+    return dict(zip(labels.tolist(), counts.tolist(), strict=True))
+
+
+def _sorted(labels: Iterable[Any]) -> list[Any]:
+    try:
+        return sorted(labels)
+    except TypeError:
+        raise _mixed(labels) from None
+
+
+def _mixed(labels: Iterable[Any]) -> ValueError:
+    kinds = ", ".join(sorted({type(label).__name__ for label in labels}))
+    return ValueError(
+        f"regimes of several kinds ({kinds}): write all labels as text, or all as numbers"
+    )
+
+
+def _refuse_many(regimes: Mapping[Any, int]) -> None:
+    if len(regimes) > MOST_REGIMES:
+        raise ValueError(
+            f"{len(regimes):,} regimes in {sum(regimes.values()):,} rows: at most {MOST_REGIMES} "
+            "are taken; give a column of few values, or make it a covariate"
+        )

@@ -52,6 +52,15 @@ def merged(intervals: Sequence[Interval]) -> tuple[Interval, ...]:
     return tuple(found)
 
 
+def percent(level: float) -> str:
+    """A level in percent, whole where it is.
+
+    >>> percent(0.95), percent(0.999)
+    ('95%', '99.9%')
+    """
+    return f"{100 * level:.6g}%"
+
+
 def interval_text(intervals: Sequence[Interval]) -> str:
     """Intervals in words, such as '0.3 to 0.5 and 2 to ∞', with digits that tell the ends apart.
 

@@ -21,6 +21,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "missing": ("raise", "drop"),
 }
 LEAST = {"warm_up": FEWEST, "bootstraps": 0, "seed": 0}
+LEARNED = ("y1", "y2", "covariates", "features", "method", "regimes", "bootstraps")
 
 
 def checked(settings: Mapping[str, Any]) -> tuple[Columns, Forgetting]:
@@ -33,7 +34,8 @@ def checked(settings: Mapping[str, Any]) -> tuple[Columns, Forgetting]:
             raise ValueError(f"{name} {settings[name]!r}: use one of {known}")
     for name, least in LEAST.items():
         value = settings[name]
-        if not isinstance(value, int | np.integer) or value < least:
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if not whole or value < least:
             raise ValueError(f"{name} {value!r}: a whole number of at least {least:,} is needed")
     features, covariates = settings["features"], settings["covariates"]
     if not isinstance(features, RandomFourier | Polynomial):
@@ -58,6 +60,22 @@ def _refuse_online(settings: Mapping[str, Any]) -> None:
             raise ValueError(f"method 'online-qml' with {name}: use method 'moments'")
     if settings["covariance"] != "zero":
         raise ValueError("method 'online-qml' with covariance 'constant': use method 'moments'")
+
+
+def learned_with(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that what was learned depends on, so that they may not change after it."""
+    kept = {name: settings[name] for name in LEARNED}
+    return kept | {"covariates": tuple(settings["covariates"])}
+
+
+def refuse_changed(before: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> None:
+    """Raises ValueError where such a setting is another than before; None: nothing was learned."""
+    for name, now in learned_with(settings).items():
+        if before is not None and before[name] != now:
+            raise ValueError(
+                f"{name} was {before[name]!r} when this model learned and is {now!r} now: set it "
+                "back, or fit again"
+            )
 
 
 class Parameters:

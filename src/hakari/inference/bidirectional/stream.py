@@ -5,9 +5,11 @@ then the heads learn from it. At the truth the moments of a batch have mean 0 gi
 that the sums have the law that independent rows would give, without folds. Design note
 bidirectional-effects, section 2.6 B.
 
-The heads learn by w += (N G)⁻¹ φ'(t − φw), with N the rows so far and G the mean of φφ': recursive
-least squares with G known. G is learned from all rows at first and from one batch in `SPARSE`
-later, since its error matters less than that of φ't and costs P times as much.
+The heads learn by w += (N G + Λ)⁻¹ φ'(t − φw), with N the rows so far, G the mean of φφ' and Λ the
+penalties that the warm-up chose: recursive ridge regression with G known. Rows of few neighbours,
+whose predicted variances would swing without Λ, are those that weigh most where these are small. G
+is learned from all rows at first and from one batch in `SPARSE` later, since its error matters less
+than that of φ't and costs P times as much.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from numpy import ndarray
 from hakari.inference.bidirectional.batch import Passes, evidence_of, fit
 from hakari.inference.bidirectional.drift import Monitor
 from hakari.inference.bidirectional.evidence import Assumptions, Evidence
-from hakari.inference.bidirectional.heads import product
+from hakari.inference.bidirectional.heads import mean_size, product
 from hakari.inference.bidirectional.nuisance import Nuisance, shocks
 from hakari.inference.bidirectional.rows import Rows
 from hakari.inference.sampling import generator
@@ -32,8 +34,9 @@ LEAST, MOST = 1024, 65_536  # rows of a batch that is met with the same heads
 SHARE = 8  # one over the share of the rows so far that the next batch may be
 KNOWN = 256  # rows a feature from which G counts as known
 SPARSE = 8  # batches of which one is added to G then
+UNLIKE = 0.5  # share of a batch's gain that its own rows lose again; n/N for rows like the others
 AGAIN = 1.2  # growth of G's rows after which its inverse is taken again
-HAIR = 1e-5  # of G's mean diagonal
+HAIR = 1e-5  # of G's mean diagonal: sums in single precision do not know less
 PIECES = 16  # of a window: the oldest is dropped as a whole
 LONGEST = 2048  # points of the path; more are thinned by two
 
@@ -50,8 +53,14 @@ class Forgetting:
     def __post_init__(self) -> None:
         for name in ("half_life", "window"):
             value = getattr(self, name)
-            if value is not None and not LEAST <= value < float("inf"):
-                raise ValueError(f"{name} {value!r}: at least {LEAST:,} rows are needed, or None")
+            if value is None:
+                continue
+            number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+            if not number or not LEAST <= value < float("inf"):
+                raise ValueError(
+                    f"{name} {value!r}: at least {LEAST:,} rows are needed; leave it out to "
+                    "forget nothing"
+                )
         if self.half_life and self.window:
             raise ValueError("half_life and window together: give one of them")
 
@@ -80,10 +89,11 @@ class Stream:
 
     nuisance: Nuisance
     heads: Float[ndarray, "P 4"]
+    penalties: Float[ndarray, " 4"]
     gram: Float[ndarray, "P P"]
     gram_rows: float
-    inverse: Float[ndarray, "P P"]
-    inverse_rows: float
+    inverses: Float[ndarray, "4 P P"]
+    inverse_weight: float
     rows: int
     weight: float
     batches: int
@@ -111,14 +121,16 @@ def begin(
         raise KeyboardInterrupt
     fitted, evidence = passes.nuisance, passes.sums
     phi = fitted.matrix(rows)
-    heads = [h.coefficients[-1] for h in (fitted.means, fitted.variances) if h is not None]
+    heads = [h for h in (fitted.means, fitted.variances) if h is not None]
     gram, n = product(phi), float(len(rows))
+    penalties = np.concatenate([h.penalty for h in heads]) * mean_size(gram)
     stream = Stream(
         fitted,
-        np.hstack(heads),
+        np.hstack([h.coefficients[-1] for h in heads]),
+        penalties,
         gram,
         n,
-        _inverse(gram, n),
+        _inverses(gram / n, penalties / n),
         n,
         len(rows),
         n,
@@ -177,19 +189,36 @@ def _batch(
 def _learned(
     stream: Stream, forgetting: Forgetting, phi: Float[ndarray, "n P"], gap: Float[ndarray, "n t"]
 ) -> Stream:
-    """The heads after a step towards the rows, and G."""
-    kept = forgetting.factor(len(phi))
-    weight = min(kept * stream.weight + len(phi), max(forgetting.memory, len(phi)))
-    slope = phi.T @ gap.astype(np.float32)
-    heads = stream.heads + stream.inverse @ slope.astype(float) / weight
-    gram, rows = stream.gram, stream.gram_rows
-    if rows < KNOWN * len(gram) or stream.batches % SPARSE == 0:
-        gram, rows = kept * gram + product(phi), kept * rows + len(phi)
-    stream = replace(stream, heads=heads, gram=gram, gram_rows=rows, weight=weight)
-    if not 1 / AGAIN < rows / stream.inverse_rows < AGAIN:
-        inverse = _inverse(gram, rows)
-        stream = replace(stream, inverse=inverse, inverse_rows=rows)
-    return stream
+    """The heads after a step towards the rows, and G.
+
+    Rows unlike those in G are taken into it before the step, which would else overshoot.
+    """
+    kept, n = forgetting.factor(len(phi)), len(phi)
+    weight = min(kept * stream.weight + n, max(forgetting.memory, n))
+    slope = (phi.T @ gap.astype(np.float32)).astype(float)
+    lost = stream.weight + n - weight  # rows' worth, and of Λ's, when old rows leave
+    slope[1:] -= lost / (stream.weight + n) * stream.penalties * stream.heads[1:]
+    early = stream.gram_rows < KNOWN * len(stream.gram)
+    taken = early or stream.batches % SPARSE == 0
+    stream = replace(_known_with(stream, kept, phi) if taken else stream, weight=weight)
+    fresh = early or weight > AGAIN * stream.inverse_weight
+    stream = _inverted(stream) if fresh else stream
+    step = _step(stream, slope)
+    lost_again = ((phi @ step.astype(np.float32)) ** 2).sum()
+    if not (taken and fresh) and lost_again > UNLIKE * (slope * step).sum():
+        stream = _inverted(stream if taken else _known_with(stream, kept, phi))
+        step = _step(stream, slope)
+    return replace(stream, heads=stream.heads + step)
+
+
+def _known_with(stream: Stream, kept: float, phi: Float[ndarray, "n P"]) -> Stream:
+    """G with the rows."""
+    gram, rows = kept * stream.gram + product(phi), kept * stream.gram_rows + len(phi)
+    return replace(stream, gram=gram, gram_rows=rows)
+
+
+def _step(stream: Stream, slope: Float[ndarray, "P t"]) -> Float[ndarray, "P t"]:
+    return np.asarray(np.einsum("tpq,qt->pt", stream.inverses, slope) / stream.weight)
 
 
 def _looked(stream: Stream, assumptions: Assumptions) -> Stream:
@@ -213,24 +242,25 @@ def merged(one: Stream, other: Stream, assumptions: Assumptions) -> Stream:
     """
     first, second = (one, other) if one.weight >= other.weight else (other, one)
     heads, gram, rows = first.heads, first.gram, first.gram_rows
+    penalties = first.penalties
     if _alike(first.nuisance, second.nuisance):
         share = second.weight / (first.weight + second.weight)
         heads = (1 - share) * first.heads + share * second.heads
         gram, rows = gram + second.gram, rows + second.gram_rows
+        penalties = penalties + second.penalties
     stream = replace(
         first,
         heads=heads,
+        penalties=penalties,
         gram=gram,
         gram_rows=rows,
-        inverse=_inverse(gram, rows),
-        inverse_rows=rows,
         rows=one.rows + other.rows,
         weight=one.weight + other.weight,
         pieces=(one.evidence + other.evidence,),
         path=one.path,
         monitor=one.monitor.beside(other.monitor),
     )
-    return _looked(stream, assumptions)
+    return _looked(_inverted(stream), assumptions)
 
 
 def as_nuisance(stream: Stream) -> Nuisance:
@@ -274,11 +304,17 @@ def _entered(
     return pieces
 
 
-def _inverse(gram: ndarray, rows: float) -> Float[ndarray, "P P"]:
-    """(G + ridge)⁻¹; the ridge is a hair that keeps features which repeat others apart."""
-    mean = gram / rows
-    ridge = HAIR * np.trace(mean) / len(mean) * np.eye(len(mean))
-    return np.asarray(np.linalg.inv(mean + ridge))
+def _inverted(stream: Stream) -> Stream:
+    """The inverses as of now."""
+    G, N = stream.gram / stream.gram_rows, stream.weight
+    return replace(stream, inverses=_inverses(G, stream.penalties / N), inverse_weight=N)
+
+
+def _inverses(G: ndarray, penalties: ndarray) -> Float[ndarray, "t P P"]:
+    """(G + penalty)⁻¹ for each, the constant not penalised."""
+    hair = HAIR * np.trace(G) / len(G)
+    slopes = np.diag(np.append(0.0, np.ones(len(G) - 1)))
+    return np.stack([np.linalg.inv(G + max(p, hair) * slopes) for p in penalties])
 
 
 def _alike(one: Nuisance, other: Nuisance) -> bool:

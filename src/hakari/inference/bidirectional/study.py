@@ -21,7 +21,7 @@ from hakari.inference.bidirectional.features import Features, Polynomial, Random
 from hakari.inference.bidirectional.identification import Identification
 from hakari.inference.bidirectional.model import BidirectionalEffects
 from hakari.inference.bidirectional.nuisance import FEWEST
-from hakari.inference.bidirectional.rows import Columns, Rows, read, spread_rows
+from hakari.inference.bidirectional.rows import Columns, Rows, read, sampled
 from hakari.inference.bidirectional.single_equation import SingleEquation, single_equation
 from hakari.inference.bidirectional.variance_ratio import (
     RatioCurve,
@@ -210,7 +210,7 @@ def find(
         raise KeyboardInterrupt
     keep(model)  # before an answer begins with fewer rows than the warm-up
     effects = model.effects(study.anyway)
-    sample = spread_rows(_learned_from(study, model), SAMPLE)
+    sample = sampled(_learned_from(study, model), SAMPLE).rows
     return Findings(study, model, effects, sample, read_now, seconds, interrupted)
 
 
