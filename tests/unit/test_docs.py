@@ -39,7 +39,7 @@ _BLOCK = re.compile(
     r"(?:\n```text\n(?P<said>.*?)```\n)?",
     re.DOTALL,
 )
-_NUMBER = re.compile(r"-?\d[\d,]*\.?\d*(?:e[-+]?\d+)?")
+_NUMBER = re.compile(r"-?\d+(?:,\d{3})*\.?\d*(?:e[-+]?\d+)?")
 
 
 class Block(NamedTuple):
