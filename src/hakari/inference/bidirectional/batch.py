@@ -78,24 +78,22 @@ def fit(
     bootstraps: int,
     seed: int,
     tell: Tell,
-) -> Passes:
-    """All passes over blocks that can be read again.
+) -> Iterator[Passes]:
+    """All passes over blocks that can be read again: the passes after each block, the last done.
 
-    begun: a nuisance with features only, or what an earlier call returned after Ctrl-C, which is
-    not `finished` and goes on from there with the same blocks. tell: called with a pass and the
-    rows that it has read. Raises ValueError for no rows, and for data that change between passes.
+    begun: a nuisance with features only, or passes that came from here before Ctrl-C, which go on
+    with the same blocks. tell: called with a pass and the rows that it has read. Raises ValueError
+    for no rows, and for data that change between passes.
     """
     passes = begun
-    try:
-        while not passes.finished:
-            name = passes.names[passes.readings.done]
-            for more in _read_on(passes, blocks, _work(passes, bootstraps, seed)):
-                passes = more
-                tell(name, passes.readings.rows)
-            passes = _after_pass(passes, assumptions)
-    except KeyboardInterrupt:
-        return passes
-    return passes
+    while not passes.finished:
+        name = passes.names[passes.readings.done]
+        for more in _read_on(passes, blocks, _work(passes, bootstraps, seed)):
+            passes = more
+            tell(name, passes.readings.rows)
+            yield passes
+        passes = _after_pass(passes, assumptions)
+        yield passes
 
 
 def first_effects(

@@ -7,6 +7,7 @@ effects -> `Effects` from the sums alone. The conventions are scikit-learn's.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -162,9 +163,11 @@ class BidirectionalEffects(Parameters):
 
     def _passed(self, passes: Passes, blocks: Blocks, progress: bool) -> BidirectionalEffects:
         """Five passes, or what is left of them."""
-        with told(progress) as tell:
+        with told(progress) as tell, suppress(KeyboardInterrupt):
             more = (self._assumptions, blocks, self.bootstraps, self.seed, tell)
-            self._passes = batch.fit(passes, *more)
+            for so_far in batch.fit(passes, *more):
+                passes = so_far
+        self._passes = passes  # not where other data are refused
         self.interrupted = not self._passes.finished
         if self._passes.finished:
             self._nuisance, self._evidence = self._passes.nuisance, self._passes.sums

@@ -116,9 +116,7 @@ def begin(
 ) -> Stream:
     """A stream whose first rows were met by heads of the other folds, as `batch.fit` does."""
     quiet = lambda name, done: None  # noqa: E731
-    passes = fit(Passes(nuisance), assumptions, lambda: iter([rows]), bootstraps, seed, quiet)
-    if not passes.finished:
-        raise KeyboardInterrupt
+    *_, passes = fit(Passes(nuisance), assumptions, lambda: iter([rows]), bootstraps, seed, quiet)
     fitted, evidence = passes.nuisance, passes.sums
     phi = fitted.matrix(rows)
     heads = [h for h in (fitted.means, fitted.variances) if h is not None]
