@@ -18,7 +18,6 @@ from hakari.inference.bidirectional.online_steps import OnlineSettings, residual
 from hakari.inference.bidirectional.orthogonal_moments import MomentSums
 from hakari.inference.bidirectional.rows import Rows
 from hakari.inference.bidirectional.structure import efficient_variance
-from hakari.inference.sampling import generator
 from tests.bidirectional_designs import EFFECTS, system
 
 FEATURES = RandomFourier(60, seed=1, length_scale=1.5)
@@ -40,7 +39,9 @@ def fitted(rows, settings=SETTINGS, seed=0):
     nuisance = warmed_up(FEATURES, rows, ("x1", "x2"))
     half = len(rows) // 2
     parts = [Rows(rows.y[part], rows.X[part]) for part in (slice(0, half), slice(half, None))]
-    return online_qml.fit(nuisance, lambda: iter(parts), settings, 0, seed, quiet)
+    begun = online_qml.at_rest(nuisance, lambda: iter(parts), settings)
+    *_, passes = online_qml.fit(begun, lambda: iter(parts), settings, 0, seed, quiet)
+    return passes.found
 
 
 # --- fits -------------------------------------------------------------------------------------
@@ -110,9 +111,8 @@ def test_the_run_of_a_fold_never_meets_its_rows():
     other[folds_of(len(rows), FOLDS) == 2] += 3.0
     ends = []
     for y in (rows.y, other):
-        draw = generator(0, "order")
-        changed = Rows(y, rows.X)
-        ends.append(online_qml._epoch(nuisance, [state] * 5, changed, SETTINGS, draw, True))
+        found = online_qml.OnlineFit(nuisance, (state,) * FOLDS, None)
+        ends.append(online_qml._epoch(found, Rows(y, rows.X), 0, 0, SETTINGS, 0).states)
     same = [np.array_equal(one.heads, two.heads) for one, two in zip(*ends, strict=True)]
     assert same == [False, False, True, False, False]
 
@@ -182,4 +182,4 @@ def test_going_on_after_epochs_and_no_rows_are_refused():
     with pytest.raises(ValueError, match="5 runs of a fit over epochs cannot go on"):
         online_qml.partial(found, rows, SETTINGS, 0, 0)
     with pytest.raises(ValueError, match="the data have no rows"):
-        online_qml.fit(found.nuisance, lambda: iter([]), SETTINGS, 0, 0, quiet)
+        online_qml.at_rest(found.nuisance, lambda: iter([]), SETTINGS)

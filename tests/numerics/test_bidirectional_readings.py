@@ -10,6 +10,7 @@ from hakari.inference import tables
 from hakari.inference.bidirectional import batch
 from hakari.inference.bidirectional.features import RandomFourier
 from hakari.inference.bidirectional.model import BidirectionalEffects
+from hakari.inference.bidirectional.online_steps import OnlineSettings
 from hakari.inference.bidirectional.readings import Readings
 from tests.bidirectional_designs import table
 
@@ -66,6 +67,25 @@ def test_interrupted_and_gone_on_is_as_if_it_had_not_been(
         found = begun.fit(DATA, resume=True).effects()
         assert not begun.interrupted
         assert begun.finished
+        assert found.estimate == whole.estimate
+        np.testing.assert_array_equal(found.covariance, whole.covariance)
+        np.testing.assert_array_equal(found.evidence.draws, whole.evidence.draws)
+
+
+@pytest.mark.parametrize(("done", "blocks"), [(0, 2), (1, 3), (2, 1)])
+def test_epochs_of_the_likelihood_go_on_too(done, blocks, monkeypatch, tmp_path):
+    """In the steps of either epoch, and among the evidence."""
+    settings = {"method": "online-qml", "online": OnlineSettings(epochs=2)}
+    whole = model(**settings).fit(DATA).effects(anyway=True)
+    with monkeypatch.context() as patch:
+        stopping(patch, done, blocks)
+        cut = model(**settings).fit(DATA)
+    where = f"reading {done + 1} of 3, after {blocks * BLOCK:,} rows"
+    with pytest.raises(ValueError, match=where):
+        cut.effects()
+    cut.save(tmp_path / "cut.npz")
+    for begun in (cut, BidirectionalEffects.load(tmp_path / "cut.npz")):
+        found = begun.fit(DATA, resume=True).effects(anyway=True)
         assert found.estimate == whole.estimate
         np.testing.assert_array_equal(found.covariance, whole.covariance)
         np.testing.assert_array_equal(found.evidence.draws, whole.evidence.draws)

@@ -59,11 +59,7 @@ class Passes:
     @property
     def where(self) -> str:
         """How far it has come, in words."""
-        at = self.readings
-        return (
-            f"the fit was interrupted in reading {at.done + 1} of {len(self.names)}, after "
-            f"{at.rows:,} rows"
-        )
+        return self.readings.where(len(self.names))
 
     @property
     def finished(self) -> bool:

@@ -22,7 +22,7 @@ from hakari.inference.bidirectional.evidence import Assumptions, Evidence
 from hakari.inference.bidirectional.features import Features, RandomFourier
 from hakari.inference.bidirectional.identification import Identification
 from hakari.inference.bidirectional.nuisance import FEWEST, Nuisance, warmed_up
-from hakari.inference.bidirectional.online_qml import OnlineFit
+from hakari.inference.bidirectional.online_qml import OnlineFit, OnlinePasses
 from hakari.inference.bidirectional.online_steps import OnlineSettings
 from hakari.inference.bidirectional.orthogonal_moments import Restriction, Solution
 from hakari.inference.bidirectional.readings import Blocks
@@ -114,7 +114,7 @@ class BidirectionalEffects(Parameters):
         self._stream: Stream | None = None
         self._online: OnlineFit | None = None
         self._waiting: list[Rows] = []
-        self._passes: Passes | None = None
+        self._passes: Passes | OnlinePasses | None = None
         self._learned: dict[str, Any] | None = None
         self.interrupted = False
 
@@ -132,8 +132,8 @@ class BidirectionalEffects(Parameters):
 
         Ctrl-C keeps what is done, and `interrupted` says so: a stream answers with the rows so far,
         and takes more by `partial_fit`; a fit on data at rest goes on from its last block with
-        `resume` and the same data (of method "online-qml" and a regressor nothing is kept). In the
-        first reading, which chooses features, it leaves the model as it was before, and is raised.
+        `resume` and the same data. Before features are chosen it leaves the model as it was, and
+        with a regressor it keeps nothing; then it is raised.
         Raises ValueError for columns, values or settings that do not fit, and for a resume of
         what was not interrupted, or with other data.
         """
@@ -155,36 +155,44 @@ class BidirectionalEffects(Parameters):
         self._refuse_two(list(sample.regimes))
         nuisance = warmed_up(self.features, sample.rows, self.covariates, list(sample.regimes))
         self._forget()
-        if self.method != "online-qml" and self.regressor is None:
-            return self._passed(batch.Passes(nuisance), blocks, progress)
-        with told(progress) as tell:
-            self._read_again(nuisance, blocks, tell)
-        return self
-
-    def _passed(self, passes: Passes, blocks: Blocks, progress: bool) -> BidirectionalEffects:
-        """Five passes, or what is left of them."""
-        with told(progress) as tell, suppress(KeyboardInterrupt):
-            more = (self._assumptions, blocks, self.bootstraps, self.seed, tell)
-            for so_far in batch.fit(passes, *more):
-                passes = so_far
-        self._passes = passes  # not where other data are refused
-        self.interrupted = not self._passes.finished
-        if self._passes.finished:
-            self._nuisance, self._evidence = self._passes.nuisance, self._passes.sums
-            self._passes = None
-        return self
-
-    def _read_again(self, nuisance: Nuisance, blocks: Blocks, tell: batch.Tell) -> None:
-        more = (self.bootstraps, self.seed, tell)
+        if self.regressor is not None:
+            return self._cross_fitted(nuisance, blocks, progress)
         if self.method == "online-qml":
-            self._online = online_qml.fit(nuisance, blocks, self.online, *more)
-            self._nuisance, self._evidence = self._online.nuisance, self._online.evidence
-            return
+            return self._passed(online_qml.at_rest(nuisance, blocks, self.online), blocks, progress)
+        return self._passed(batch.Passes(nuisance), blocks, progress)
+
+    def _passed(
+        self, passes: Passes | OnlinePasses, blocks: Blocks, progress: bool
+    ) -> BidirectionalEffects:
+        """All passes, or what is left of them."""
+        with told(progress) as tell, suppress(KeyboardInterrupt):
+            more = (self.bootstraps, self.seed, tell)
+            if isinstance(passes, OnlinePasses):
+                for steps in online_qml.fit(passes, blocks, self.online, *more):
+                    passes = steps
+            else:
+                for sums in batch.fit(passes, self._assumptions, blocks, *more):
+                    passes = sums
+        self._passes = passes  # not where other data are refused
+        self.interrupted = not passes.finished
+        if passes.finished:
+            self._passes = None
+            if isinstance(passes, OnlinePasses):
+                self._online = passes.found
+                self._nuisance, self._evidence = passes.found.nuisance, passes.found.evidence
+            else:
+                self._nuisance, self._evidence = passes.nuisance, passes.sums
+        return self
+
+    def _cross_fitted(
+        self, nuisance: Nuisance, blocks: Blocks, progress: bool
+    ) -> BidirectionalEffects:
         rows = stacked(list(blocks()))
+        with told(progress) as tell:
+            more = (self._assumptions, self.bootstraps, self.seed, tell)
+            self._evidence, _ = cross_fitting.fit(nuisance, self.regressor, rows, *more)
         self._nuisance = nuisance
-        self._evidence, _ = cross_fitting.fit(
-            nuisance, self.regressor, rows, self._assumptions, *more
-        )
+        return self
 
     def partial_fit(self, data: Any) -> BidirectionalEffects:
         """Learn from some more rows, each met by what came before.

@@ -19,10 +19,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
-from numpy.random import Generator
 from threadpoolctl import threadpool_limits
 
-from hakari.inference.bidirectional.batch import Tell, evidence_of
+from hakari.inference.bidirectional.batch import BEGUN, Tell, evidence_of
 from hakari.inference.bidirectional.evidence import Assumptions, Evidence
 from hakari.inference.bidirectional.heads import folds_of
 from hakari.inference.bidirectional.nuisance import FOLDS, Nuisance, left_out
@@ -34,7 +33,7 @@ from hakari.inference.bidirectional.online_steps import (
     step,
 )
 from hakari.inference.bidirectional.orthogonal_moments import DEPENDENT
-from hakari.inference.bidirectional.readings import Blocks
+from hakari.inference.bidirectional.readings import Blocks, Readings, digest
 from hakari.inference.bidirectional.rows import Rows, sampled
 from hakari.inference.bidirectional.structure import effects_jacobian, to_uv
 from hakari.inference.sampling import generator
@@ -98,32 +97,70 @@ def sandwich(evidence: Evidence, a: float, b: float) -> Float[ndarray, "2 2"]:
     return np.asarray(bread @ sums.score_covariance(u, v) @ bread.T / sums.weight)
 
 
+@dataclass(frozen=True)
+class OnlinePasses:
+    """Epochs over data at rest as far as they have come, then a reading for the evidence.
+
+    found: the runs so far; its evidence is of the blocks that `readings` counts.
+    """
+
+    found: OnlineFit
+    epochs: int
+    readings: Readings = BEGUN
+
+    @property
+    def where(self) -> str:
+        """How far it has come, in words."""
+        return self.readings.where(self.epochs + 1)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all readings are done."""
+        return self.readings.done == self.epochs + 1
+
+
+def at_rest(nuisance: Nuisance, blocks: Blocks, settings: OnlineSettings) -> OnlinePasses:
+    """Runs, one a fold, before their first step. nuisance: with features only.
+
+    Raises ValueError for fewer rows than `begin` needs.
+    """
+    nuisance, state = begin(nuisance, sampled(blocks(), WARM_UP).rows, settings)
+    return OnlinePasses(OnlineFit(nuisance, (state,) * FOLDS, None), settings.epochs)
+
+
 def fit(
-    nuisance: Nuisance,
+    begun: OnlinePasses,
     blocks: Blocks,
     settings: OnlineSettings,
     bootstraps: int,
     seed: int,
     tell: Tell,
-) -> OnlineFit:
-    """Epochs over blocks that can be read again, a run a fold, then the evidence of each fold.
+) -> Iterator[OnlinePasses]:
+    """All epochs, a run a fold, then the evidence of each fold: what is done after each block.
 
-    nuisance: with features only. bootstraps: multiplier draws of the evidence. seed: of the order
-    of batches. tell: called with a pass and the rows that it has read. Raises ValueError for fewer
-    rows than `begin` needs.
+    begun: from `at_rest`, or what came from here before Ctrl-C, which goes on with the same blocks.
+    bootstraps: multiplier draws of the evidence. seed: of the order of batches. tell: called with
+    a pass and the rows that it has read. Raises ValueError for data that change between passes.
     """
-    nuisance, state = begin(nuisance, sampled(blocks(), WARM_UP).rows, settings)
-    states = [state] * FOLDS
-    with threadpool_limits(1, user_api="blas"):
-        for epoch in range(settings.epochs):
-            done = 0
-            for k, rows in enumerate(blocks()):
-                chance = generator(seed, f"order of epoch {epoch}, block {k}")
-                states = _epoch(nuisance, states, rows, settings, chance, epoch == 0)
-                done += len(rows)
-                tell(f"epoch {epoch + 1}", done)
-        found = OnlineFit(nuisance, tuple(states), None)
-        return _with_evidence(found, blocks, bootstraps, seed, tell)
+    passes = begun
+    while not passes.finished:
+        epoch = passes.readings.done
+        last = epoch == passes.epochs
+        if last:
+            found = replace(passes.found, nuisance=_with_heads(passes.found))
+            passes = replace(passes, found=found)
+        for k, rows in passes.readings.rest(blocks):
+            with threadpool_limits(1, user_api="blas"):
+                if last:
+                    found = _with_evidence(passes.found, rows, k, bootstraps, seed)
+                else:
+                    found = _epoch(passes.found, rows, k, epoch, settings, seed)
+            first = "" if k else digest(rows)
+            passes = replace(passes, found=found, readings=passes.readings.after(len(rows), first))
+            tell("effects" if last else f"epoch {epoch + 1}", passes.readings.rows)
+            yield passes
+        passes = replace(passes, readings=passes.readings.ended())
+        yield passes
 
 
 def start(nuisance: Nuisance, rows: Rows, settings: OnlineSettings) -> OnlineFit:
@@ -165,48 +202,36 @@ def partial(
 
 
 def _epoch(
-    nuisance: Nuisance,
-    states: list[OnlineState],
-    rows: Rows,
-    settings: OnlineSettings,
-    chance: Generator,
-    new: bool,
-) -> list[OnlineState]:
-    """Steps over a block's batches in random order: each of one fold, for the runs of the others.
-
-    new: whether the rows are read for the first time.
-    """
+    found: OnlineFit, rows: Rows, block: int, epoch: int, settings: OnlineSettings, seed: int
+) -> OnlineFit:
+    """Steps over a block's batches in random order, each of one fold and for the others' runs."""
+    nuisance, chance = found.nuisance, generator(seed, f"order of epoch {epoch}, block {block}")
     phi, y, fold = nuisance.matrix(rows), nuisance.outcomes(rows), folds_of(len(rows), FOLDS)
     parts = []
     for k in range(FOLDS):
         at = chance.permutation(np.flatnonzero(fold == k))
         parts += [(k, part) for part in _batches(at, settings.batch)]
-    after = list(states)
+    after = list(found.states)
     for i in chance.permutation(len(parts)):
         k, at = parts[i]
         features, outcomes = phi[at], y[at]
         for j in range(FOLDS):
             if j != k:
-                seen = after[j].rows + len(at) * new
+                seen = after[j].rows + len(at) * (epoch == 0)
                 after[j] = step(replace(after[j], rows=seen), features, outcomes, settings)
-    return after
+    return replace(found, states=tuple(after))
 
 
 def _with_evidence(
-    found: OnlineFit, blocks: Blocks, bootstraps: int, seed: int, tell: Tell
+    found: OnlineFit, rows: Rows, block: int, bootstraps: int, seed: int
 ) -> OnlineFit:
-    """The heads of the runs, and the evidence of each fold at those of its own."""
-    nuisance, total, done = _with_heads(found), None, 0
-    heads = nuisance.variances
-    for k, rows in enumerate(blocks()):
-        W, phi, fold = left_out(nuisance, rows)
-        h = None if heads is None else heads.left_out(phi, fold)
-        chance = generator(seed, f"bootstrap of block {k}") if bootstraps else None
-        part = evidence_of(nuisance, rows, W, h, bootstraps, chance)
-        total = part if total is None else total + part
-        done += len(rows)
-        tell("effects", done)
-    return replace(found, nuisance=nuisance, evidence=total)
+    """With the evidence of a block's folds, each at the heads of the run that left it out."""
+    W, phi, fold = left_out(found.nuisance, rows)
+    heads = found.nuisance.variances
+    h = None if heads is None else heads.left_out(phi, fold)
+    chance = generator(seed, f"bootstrap of block {block}") if bootstraps else None
+    new = evidence_of(found.nuisance, rows, W, h, bootstraps, chance)
+    return replace(found, evidence=new if found.evidence is None else found.evidence + new)
 
 
 def _with_heads(found: OnlineFit) -> Nuisance:

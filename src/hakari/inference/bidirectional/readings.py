@@ -24,6 +24,12 @@ class Readings:
     total: int = 0
     first: str = ""
 
+    def where(self, of: int) -> str:
+        """How far a fit of so many readings has come, in words."""
+        return (
+            f"the fit was interrupted in reading {self.done + 1} of {of}, after {self.rows:,} rows"
+        )
+
     def rest(self, blocks: Blocks) -> Iterator[tuple[int, Rows]]:
         """Number and rows of each block that is not in the sums.
 

@@ -23,7 +23,7 @@ from hakari.inference.bidirectional.features import (
 from hakari.inference.bidirectional.heads import Grams, Heads
 from hakari.inference.bidirectional.identification import RatioSums
 from hakari.inference.bidirectional.nuisance import Nuisance
-from hakari.inference.bidirectional.online_qml import OnlineFit
+from hakari.inference.bidirectional.online_qml import OnlineFit, OnlinePasses
 from hakari.inference.bidirectional.online_steps import Coordinates, OnlineSettings, OnlineState
 from hakari.inference.bidirectional.orthogonal_moments import MomentSums
 from hakari.inference.bidirectional.readings import Readings
@@ -41,6 +41,7 @@ _KINDS: tuple[type[Any], ...] = (
     Nuisance,
     Coordinates,
     OnlineFit,
+    OnlinePasses,
     OnlineSettings,
     OnlineState,
     Passes,
