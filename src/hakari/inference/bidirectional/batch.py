@@ -1,6 +1,6 @@
 """Both effects from data that can be read again: five passes of sums that add.
 
-Rows spread over all of them fix the features. Then (1) heads of the outcomes' means; (2) heads of
+Rows drawn from all of them fix the features. Then (1) heads of the outcomes' means; (2) heads of
 the log squares of what they leave; (3) first effects, with the inverse variances of (2) as
 instruments; (4) heads of the log variances of the structural shocks at those; (5) the orthogonal
 moments with their inverses, which are the efficient instruments. Rows are always met by heads that

@@ -69,9 +69,9 @@ class BidirectionalEffects(Parameters):
     the covariates. covariance: of the shocks given x, "zero", or "constant" and unknown (Lewbel,
     2012). restrict: "a=0" or "b=0", a triangular system. root: "stable" reports the point with
     |ab| < 1, "mirror" the other. half_life, window: rows after which a row of a stream counts
-    half, or not at all. warm_up: rows that fix features and units, spread over data at rest, and
-    the first of a stream. bootstraps: of the multiplier
-    bootstrap. missing: "raise", or "drop" rows. seed: of the bootstrap.
+    half, or not at all. warm_up: rows that fix features and units, drawn from all data at rest, and
+    the first of a stream. bootstraps: of the multiplier bootstrap. missing: "raise", or "drop"
+    rows. seed: of the drawing and the bootstrap.
 
     >>> rng = np.random.default_rng(1)
     >>> x = rng.uniform(size=4000)
