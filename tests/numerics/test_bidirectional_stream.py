@@ -13,7 +13,7 @@ from hakari.inference.bidirectional import drift
 from hakari.inference.bidirectional import stream as streams
 from hakari.inference.bidirectional.drift import LEVEL, Monitor
 from hakari.inference.bidirectional.evidence import Assumptions, Evidence
-from hakari.inference.bidirectional.features import RandomFourier
+from hakari.inference.bidirectional.features import Polynomial, RandomFourier
 from hakari.inference.bidirectional.identification import RatioSums
 from hakari.inference.bidirectional.model import BidirectionalEffects
 from hakari.inference.bidirectional.rows import Columns, read
@@ -107,6 +107,9 @@ def test_rows_unlike_all_before_do_not_throw_the_heads():
     features = RandomFourier(2, seed=1, length_scale=1.0)
     start = model(features=features).fit(batches(table(6000, 37)))._stream
     assert start.gram_rows > streams.KNOWN * len(start.gram)
+    everywhere = {"low": np.full(2, -np.inf), "high": np.full(2, np.inf)}  # nothing is cut
+    basis = replace(start.nuisance.basis, **everywhere)
+    start = replace(start, nuisance=replace(start.nuisance, basis=basis))
     later = table(1024, 38)
     later["v"][500] = 3000.0
     rows = next(read(later, Columns("p", "q", ("u", "v"))))
@@ -236,13 +239,12 @@ def test_a_change_raises_the_alarm_and_no_change_none():
 def quiet_walk(seed, count=25, rows=100):
     """A monitor after batches of one system, with shocks whose squares have no variance."""
     draw = np.random.default_rng(seed)
-    monitor, past = Monitor.starting(4.0 * rows), None
+    monitor = None
     for size in (4 * rows, *count * [rows]):
         s = np.exp(draw.uniform(-1, 1, (size, 2)))
         W = np.linalg.solve([[1.0, -0.5], [-0.4, 1.0]], (s * draw.standard_t(3.5, (size, 2))).T)
         new = Evidence.of(W.T, np.column_stack([s**-2.0, 1 / s.prod(axis=1)]), NO_RATIO).sums
-        monitor = monitor if past is None else monitor.after(Assumptions(), past, new)
-        past = new if past is None else past + new
+        monitor = monitor.after(Assumptions(), new, 0) if monitor else Monitor.starting(new)
     return monitor
 
 
@@ -263,7 +265,7 @@ def test_the_statistic_is_that_of_the_batches_scores():
     past, new = (
         Evidence.of(W[part], k[part], NO_RATIO).sums for part in (slice(600), slice(600, 900))
     )
-    found = Monitor.starting(600.0).after(Assumptions(), past, new)
+    found = Monitor.starting(past).after(Assumptions(), new, 900)
 
     a, b = Assumptions().solve(past).estimate
     g = k[:, :2] * ((W[:, 0] - a * W[:, 1]) * (W[:, 1] - b * W[:, 0]))[:, None] / (1 + a * b)
@@ -287,6 +289,51 @@ def test_the_alarm_takes_regimes_and_restrictions(restrict, labels):
     found.fit(batches(data | {"r": regime}))
     assert found.alarm is None
     assert 0 < found._stream.monitor.ratio < 1
+
+
+def test_the_alarm_is_at_the_row_that_was_read_also_after_a_merge():
+    quiet, changed = table(30_000, 45), table(20_000, 46, effects=(-0.3, 0.4))
+    halves = [
+        {name: column[part] for name, column in quiet.items()}
+        for part in (slice(15_000), slice(15_000, 30_000))
+    ]
+    one, two = (model().fit(batches(half)) for half in halves)
+    both = one.merge(two).partial_fit(changed)
+    assert 30_000 < both.alarm.row < 45_000
+
+
+def test_a_window_that_is_taken_away_keeps_what_was_in_it():
+    data = table(20_000, 47)
+    begun = model(window=5000).fit(batches(data))
+    before = begun._stream.evidence
+    for later in ({"window": None}, {"window": None, "half_life": 5000}):
+        begun.set_params(**later).partial_fit(
+            {name: column[:1000] for name, column in data.items()}
+        )
+        assert begun._stream.evidence.rows >= before.rows + 1000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_learning_does_not_raise_the_alarm_where_the_shocks_share_a_part(record_property):
+    """A constant covariance: its moments hang on how far instruments move, which is learned."""
+    alarms, errors = 0, []
+    for seed in range(300):
+        draw = np.random.default_rng(seed)
+        u, v, e1, e2, common = draw.standard_normal((5, 12_000))
+        W1 = np.sin(u) + np.exp(0.4 * u) * e1 + 0.6 * common
+        W2 = v / 2 + np.exp(-0.3 * u + 0.2 * v) * e2 + 0.6 * common
+        p, q = np.linalg.solve([[1.0, -0.4], [0.5, 1.0]], [W1, W2])
+        found = model(features=Polynomial(3), warm_up=1500, covariance="constant")
+        found.fit(batches({"p": p, "q": q, "u": u, "v": v}))
+        effects = found.effects(anyway=True)
+        errors.append((np.array(effects.estimate) - (0.4, -0.5)) / effects.std_error)
+        alarms += found.alarm is not None
+    covered = (np.abs(errors) < 1.96).mean(axis=0)
+    record_property("alarms", alarms)
+    record_property("covered", covered.tolist())
+    assert alarms <= 9
+    assert (covered > 0.95 - 3 * np.sqrt(0.95 * 0.05 / 300)).all()
 
 
 # --- merging, saving, stopping ----------------------------------------------------------------
@@ -316,6 +363,14 @@ def test_shards_of_the_same_features_go_on_with_both_heads():
     one, two = (shard._stream.heads for shard in shards)
     merged = shards[0].merge(shards[1])._stream.heads
     np.testing.assert_allclose(merged, (one + two) / 2, rtol=1e-6)
+
+
+def test_shards_of_other_units_go_on_with_the_weight_of_their_own_heads():
+    """Else the heads of one would take the steps of both, which are small."""
+    one, two = (model().fit(batches(table(6000, seed))) for seed in (68, 69))
+    weight = one._stream.weight
+    both = one.merge(two)._stream
+    assert (both.weight, both.rows, both.evidence.rows) == (weight, 12_000, 12_000)
 
 
 def test_a_saved_model_goes_on_to_the_bit(tmp_path):

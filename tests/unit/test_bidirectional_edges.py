@@ -155,3 +155,83 @@ def test_a_classifier_is_no_regressor():
     ensemble = pytest.importorskip("sklearn.ensemble")
     with refused("is a classifier: give one that predicts numbers"):
         model(regressor=ensemble.RandomForestClassifier()).fit(DATA)
+
+
+def test_a_regressor_is_not_passed_over_in_a_stream():
+    linear = pytest.importorskip("sklearn.linear_model")
+    found = model(regressor=linear.Ridge())
+    for learn in (found.fit, found.partial_fit):
+        with refused("regressor needs all rows in memory, and a stream is read once"):
+            learn(iter([pd.DataFrame(DATA)]))
+    with refused("regressor needs all rows in memory"):
+        found.set_params(half_life=2000).fit(DATA)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"covariance": "x"}, "covariance 'x': use one of"),
+        ({"root": "x"}, "root 'x': use one of"),
+        ({"restrict": "c=0"}, "restrict 'c=0': use one of"),
+        ({"restrict": "b=0", "root": "mirror"}, "the mirror is infinite"),
+    ],
+)
+def test_settings_are_checked_when_they_are_used(change, message):
+    found = model().fit(DATA).set_params(**change)
+    for ask in (found.effects, found.identification):
+        with refused(message):
+            ask()
+
+
+@pytest.mark.parametrize("features", [hi.Polynomial(3), hi.RandomFourier(20, seed=1)])
+def test_one_mistyped_covariate_does_not_move_the_answer(features):
+    typed = DATA | {"v": np.where(np.arange(6000) == 4000, -999.0, DATA["v"])}
+    for learn in (lambda m, data: m.fit(data), lambda m, data: m.partial_fit(data)):
+        found, clean = (
+            learn(model(features=features, warm_up=2000), data).effects() for data in (typed, DATA)
+        )
+        gap = np.abs(np.array(found.estimate) - clean.estimate) / clean.std_error
+        assert gap.max() < 0.5
+        np.testing.assert_allclose(found.std_error, clean.std_error, rtol=0.1)
+
+
+def test_covariates_are_cut_a_quarter_beyond_the_range_of_most_rows():
+    X = np.stack([np.linspace(0, 1, 1001), np.arange(1001) == 7], axis=1)
+    for spec in (hi.Polynomial(2), hi.RandomFourier(10, length_scale=1.0)):
+        basis = spec.fit(X)
+        np.testing.assert_allclose(basis.low, [0.01 - 0.98 / 4, 0])
+        np.testing.assert_allclose(basis.high, [0.99 + 0.98 / 4, 1])  # a rare dummy stays one
+        far = basis.transform(np.array([[50.0, 1.0], [0.99 + 0.98 / 4, 1.0], [0.5, 3.0]]))
+        np.testing.assert_array_equal(far[0], far[1])
+        np.testing.assert_array_equal(far[2], basis.transform(np.array([[0.5, 1.0]]))[0])
+
+
+def test_regimes_that_are_dates_are_saved_as_text(tmp_path):
+    days = np.array(["2024-01-01", "2024-02-01"], dtype="datetime64[D]")
+    dates = DATA | {"r": days[(DATA["u"] > 0).astype(int)]}
+    found = model(regimes="r").fit(dates)
+    found.save(tmp_path / "model.npz")
+    assert all(isinstance(label, str) for label in found.nuisance.regimes)
+    assert hi.BidirectionalEffects.load(tmp_path / "model.npz").rows == 6000
+
+
+def test_an_empty_model_takes_no_other_features():
+    with refused("an empty model with features .* does not take what one with .* has learned"):
+        model(features=hi.Polynomial(3)).merge(model().fit(DATA))
+    with pytest.raises(TypeError, match="NoneType is no BidirectionalEffects: merge models"):
+        model().merge(None)
+
+
+def test_rows_that_were_refused_fix_nothing():
+    begun = model()
+    with refused("no column 'p'"):
+        begun.partial_fit({name: column for name, column in DATA.items() if name != "p"})
+    renamed = {"cost" if name == "p" else name: column for name, column in DATA.items()}
+    assert begun.set_params(y1="cost").partial_fit(renamed).rows == 6000
+
+
+def test_covariates_may_be_the_columns_of_a_frame(tmp_path):
+    names = pd.DataFrame(DATA)[["u", "v"]].columns
+    found = hi.BidirectionalEffects("p", "q", names, hi.RandomFourier(20, seed=1)).fit(DATA)
+    found.save(tmp_path / "model.npz")
+    assert hi.BidirectionalEffects.load(tmp_path / "model.npz").effects() is not None

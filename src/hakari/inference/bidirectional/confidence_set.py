@@ -119,8 +119,8 @@ def confidence_set(
     >>> found.text
     '95% Anderson-Rubin set given b=0: a from 0.4697 to 0.5195'
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level {level:g} must lie between 0 and 1, such as 0.95")
+    if not (isinstance(level, int | float) and 0 < level < 1):
+        raise ValueError(f"level {level!r} must lie between 0 and 1, such as 0.95")
     own = sums.standard
     critical = float(chi2.ppf(level, own.rank))
     if restrict is not None:

@@ -108,7 +108,7 @@ def _cloning(regressor: Any) -> Callable[[Any], Any]:
         raise ImportError(
             "regressors need scikit-learn, which is not installed: pip install scikit-learn"
         ) from error
-    if base.is_classifier(regressor):
+    if hasattr(regressor, "__sklearn_tags__") and base.is_classifier(regressor):
         raise ValueError(f"regressor {regressor!r} is a classifier: give one that predicts numbers")
     return lambda estimator: base.clone(estimator)
 

@@ -8,7 +8,9 @@ that estimate, G is without change a martingale that Q keeps in scale, and
 
 however long the stream: Robbins' (1970) mixture of exponential martingales, normalised by what was
 seen instead of a variance that is known (de la Peña, Klass and Lai, 2004: exact for symmetric
-scores, whose tails do not matter then). The bound is tightest where Q is about m I.
+scores, whose tails do not matter then). The bound is tightest where Q is about m I. The moments are
+those of the warm-up's instruments, and of all rows: with instruments that are still being learned
+a batch would not say of the effects what n/N of the rows before do.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ class Alarm:
 
 @dataclass(frozen=True)
 class Monitor:
-    """The walk. walk (2,): G of both effects' scores; squares (2, 2): Q; scale: m; rows: n.
+    """The walk. walk (2,): G of both effects' scores; squares (2, 2): Q; scale: m; past: all sums.
 
     Scores have unit variance by the rows before. ratio: the largest statistic over its bound so
     far; above 1 there is an alarm.
@@ -51,14 +53,14 @@ class Monitor:
     walk: Float[ndarray, " 2"]
     squares: Float[ndarray, "2 2"]
     scale: float
-    rows: float = 0.0
+    past: MomentSums
     ratio: float = 0.0
     alarm: Alarm | None = None
 
     @classmethod
-    def starting(cls, rows: float) -> Monitor:
-        """Before the first batch, after so many rows of a warm-up."""
-        return cls(np.zeros(2), np.zeros((2, 2)), rows)
+    def starting(cls, past: MomentSums) -> Monitor:
+        """Before the first batch, after the rows of a warm-up."""
+        return cls(np.zeros(2), np.zeros((2, 2)), float(past.count), past)
 
     @property
     def heights(self) -> tuple[float, float]:
@@ -67,26 +69,23 @@ class Monitor:
         growth = float(np.linalg.slogdet(total / self.scale)[1])
         return float(self.walk @ np.linalg.solve(total, self.walk)), 2 * log(1 / LEVEL) + growth
 
-    def after(self, assumptions: Assumptions, before: MomentSums, new: MomentSums) -> Monitor:
-        """The walk after a batch, judged at the estimate from the rows before."""
-        past, batch = assumptions.moments(before), assumptions.moments(new)
-        turn = _scores(past, assumptions)
+    def after(self, assumptions: Assumptions, new: MomentSums, row: int) -> Monitor:
+        """The walk after a batch that ends with a row, judged at the estimate from before it."""
+        past, batch = assumptions.moments(self.past), assumptions.moments(new)
+        turn, moved = _scores(past, assumptions), replace(self, past=self.past + new)
         if turn is None:
-            return self
+            return moved
         u, v = past.solve(assumptions.restrict).uv
         g = np.kron([1.0, -u, -v], np.eye(batch.instruments)) @ batch.first
         square = batch.weight * batch.score_covariance(u, v)
         share = 1 + new.count / past.weight
-        moved = replace(
-            self,
-            walk=self.walk + turn @ g / sqrt(share),
-            squares=self.squares + turn @ square @ turn.T / share,
-            rows=self.rows + new.count,
-        )
+        walk = self.walk + turn @ g / sqrt(share)
+        squares = self.squares + turn @ square @ turn.T / share
+        moved = replace(moved, walk=walk, squares=squares)
         height, bound = moved.heights
         alarm = self.alarm
         if alarm is None and height >= bound:
-            alarm = Alarm(int(self.scale + moved.rows), LEVEL)
+            alarm = Alarm(row, LEVEL)
         return replace(moved, ratio=max(self.ratio, height / bound), alarm=alarm)
 
     def beside(self, other: Monitor) -> Monitor:

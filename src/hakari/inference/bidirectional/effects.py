@@ -122,8 +122,8 @@ class Effects:
 
         Right where the moments are strong; `confidence_set` is right everywhere.
         """
-        if not 0 < level < 1:
-            raise ValueError(f"level {level:g} must lie between 0 and 1, such as 0.95")
+        if not (isinstance(level, int | float) and 0 < level < 1):
+            raise ValueError(f"level {level!r} must lie between 0 and 1, such as 0.95")
         half = norm.ppf((1 + level) / 2) * np.array(self.std_error)
         return np.stack([self.estimate - half, self.estimate + half], axis=1)
 

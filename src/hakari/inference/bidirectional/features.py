@@ -26,7 +26,8 @@ from hakari.inference.bidirectional.feature_kernels import (
 from hakari.inference.bidirectional.relevance import median_distance, relevance
 
 WIDEST = 5000  # features of a polynomial
-ARRAYS = {"centre", "scale", "length_scales"}  # what a basis has learned
+FENCE = 0.25  # of the range of 98 % of the warm-up, beyond which covariates are cut
+ARRAYS = {"low", "high", "centre", "scale", "length_scales"}  # what a basis has learned
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class RandomFourier:
         elif isinstance(given, tuple):
             fine = all(v > 0 for v in given) and any(isfinite(v) for v in given)
         else:
-            fine = given > 0 and isfinite(given)
+            number = isinstance(given, int | float | np.number)
+            fine = number and given > 0 and isfinite(given)
         if not fine:
             raise ValueError(
                 f"length_scale {given!r}: give 'relevance', 'median', a number above 0, "
@@ -83,11 +85,12 @@ class RandomFourier:
         not finite, for targets that are missing, and for length scales that are not p.
         """
         X, names = _warm_up(X, names)
+        low, high = fences(X)
+        X = np.clip(X, low, high)
         centre, scale = X.mean(axis=0), X.std(axis=0)
         scales, note = _length_scales(self, (X - centre) / scale, targets, names)
-        return FourierBasis(
-            self.count, self.seed, self.orthogonal, names, centre, scale, scales, note
-        )
+        learned = (low, high, centre, scale, scales, note)
+        return FourierBasis(self.count, self.seed, self.orthogonal, names, *learned)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,13 +98,16 @@ class FourierBasis:
     """Features [1, z, sqrt(2/count) cos(z'w), sqrt(2/count) sin(z'w)], z = (x − centre)/scale.
 
     Only covariates of a finite length scale are in z: the others cost accuracy, as linear terms
-    too. length_scales: in standard deviations. note: how they were found.
+    too. low, high: where covariates are cut, see `fences`. length_scales: in standard deviations.
+    note: how they were found.
     """
 
     count: int
     seed: int
     orthogonal: bool
     names: tuple[str, ...]
+    low: Float[ndarray, " p"]
+    high: Float[ndarray, " p"]
     centre: Float[ndarray, " p"]
     scale: Float[ndarray, " p"]
     length_scales: Float[ndarray, " p"]
@@ -132,7 +138,7 @@ class FourierBasis:
 
         Raises ValueError for another number of columns, and for values that are not finite.
         """
-        X, out = _rows(X, self.names), _room(out, len(X), self.size)
+        X, out = _rows(self, X), _room(out, len(X), self.size)
         used = self.columns
         centre, scale, waves = self.centre[used], self.scale[used], self.frequencies[used]
         fill_fourier(X, used, centre, scale, waves, out, self.names)
@@ -181,16 +187,24 @@ class Polynomial:
                 f"{size} monomials of degree {self.degree} in {p} covariates, more than {WIDEST}: "
                 f"{way_out}, or use RandomFourier"
             )
-        return PolynomialBasis(self.degree, self.interactions, names, X.mean(axis=0), X.std(axis=0))
+        low, high = fences(X)
+        X = np.clip(X, low, high)
+        learned = (low, high, X.mean(axis=0), X.std(axis=0))
+        return PolynomialBasis(self.degree, self.interactions, names, *learned)
 
 
 @dataclass(frozen=True, eq=False)
 class PolynomialBasis:
-    """Features: monomials of z = (x − centre)/scale by rising degree, the first of them 1."""
+    """Features: monomials of z = (x − centre)/scale by rising degree, the first of them 1.
+
+    low, high: where covariates are cut, see `fences`.
+    """
 
     degree: int
     interactions: bool
     names: tuple[str, ...]
+    low: Float[ndarray, " p"]
+    high: Float[ndarray, " p"]
     centre: Float[ndarray, " p"]
     scale: Float[ndarray, " p"]
     note: str = ""
@@ -215,7 +229,7 @@ class PolynomialBasis:
         self, X: Float[ndarray, "n p"], out: Float32[ndarray, "n size"] | None = None
     ) -> Float32[ndarray, "n size"]:
         """Features of each row, as `FourierBasis.transform`."""
-        X, out = _rows(X, self.names), _room(out, len(X), self.size)
+        X, out = _rows(self, X), _room(out, len(X), self.size)
         used = np.arange(len(self.names))
         fill_polynomial(X, used, self.centre, self.scale, self.steps, out, self.names)
         return out
@@ -247,6 +261,18 @@ def basis_from_dict(record: dict[str, Any]) -> Basis:
     for name in ARRAYS & made.keys():
         made[name] = np.array([np.inf if v is None else v for v in made[name]], dtype=float)
     return kinds[kind](**made)
+
+
+def fences(X: Float[ndarray, "n p"]) -> tuple[Float[ndarray, " p"], Float[ndarray, " p"]]:
+    """Where covariates are cut, so that a mistyped one, or one far beyond all, is not followed.
+
+    A quarter of the range of 98 % of the rows beyond it; at the extremes, where these rows are
+    alike. Functions are flat from there on.
+    """
+    first, last = np.quantile(X, [0.01, 0.99], axis=0)
+    room = FENCE * (last - first)
+    low = np.where(room > 0, first - room, X.min(axis=0))
+    return low, np.where(room > 0, last + room, X.max(axis=0))
 
 
 def _plain(basis: Basis) -> dict[str, Any]:
@@ -285,11 +311,13 @@ def _warm_up(X: ndarray, names: Sequence[str] | None) -> tuple[ndarray, tuple[st
     return X, names
 
 
-def _rows(X: ndarray, names: tuple[str, ...]) -> ndarray:
+def _rows(basis: Basis, X: ndarray) -> ndarray:
+    """X with covariates cut."""
     X = np.asarray(X)
-    if X.ndim != 2 or X.shape[1] != len(names):
-        raise ValueError(f"rows of shape {X.shape}: the basis has {len(names)} covariates")
-    return X
+    if X.ndim != 2 or X.shape[1] != len(basis.names):
+        raise ValueError(f"rows of shape {X.shape}: the basis has {len(basis.names)} covariates")
+    cut = np.clip(X, basis.low, basis.high)
+    return X if np.array_equal(X, cut) else np.where(np.isfinite(X), cut, X)
 
 
 def _room(out: ndarray | None, n: int, size: int) -> ndarray:

@@ -244,7 +244,8 @@ def _solvable(solution: Solution) -> Test:
     """(1 − 4uv) over its standard error; a small p says that no effects fit."""
     u, v = solution.uv
     slope = -4 * np.array([v, u])
-    z = (1 - 4 * u * v) / float(np.sqrt(slope @ solution.uv_covariance @ slope))
+    spread = float(slope @ solution.uv_covariance @ slope)
+    z = (1 - 4 * u * v) / sqrt(spread) if spread > 0 else nan
     return float(z), 1, float(norm.cdf(z))
 
 

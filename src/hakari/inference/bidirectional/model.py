@@ -42,6 +42,7 @@ from hakari.inference.bidirectional.settings import (
     checked,
     learned_with,
     refuse_changed,
+    refuse_other,
 )
 from hakari.inference.bidirectional.single_equation import single_equation
 from hakari.inference.bidirectional.stream import Forgetting, Stream
@@ -148,6 +149,7 @@ class BidirectionalEffects(Parameters):
             refuse_changed(self._learned, self.get_params())
             return self._passed(self._passes, blocks, progress)
         if is_stream(data) or forgetting != Forgetting():
+            self._refuse_regressor()
             self._forget()
             return self._streamed(read(data, columns, self.missing), progress)
         sample = sampled(blocks(), self.warm_up, self.seed)
@@ -155,6 +157,7 @@ class BidirectionalEffects(Parameters):
         self._refuse_two(list(sample.regimes))
         nuisance = warmed_up(self.features, sample.rows, self.covariates, list(sample.regimes))
         self._forget()
+        self._learned = learned_with(self.get_params())
         if self.regressor is not None:
             return self._cross_fitted(nuisance, blocks, progress)
         if self.method == "online-qml":
@@ -201,15 +204,12 @@ class BidirectionalEffects(Parameters):
         there. After `fit` on data at rest, raises ValueError.
         """
         columns, _ = self._checked()
-        if self.regressor is not None:
-            raise ValueError("regressor needs all rows in memory: use fit, or features")
+        self._refuse_regressor()
         if self._evidence is not None or self._passes is not None:
             raise ValueError(
                 "fit has read its data more than once, which more rows cannot follow: start a new "
                 "model with partial_fit, or fit all of the data"
             )
-        if self._learned is None:
-            self._learned = learned_with(self.get_params())
         refuse_changed(self._learned, self.get_params())
         for rows in read(data, columns, self.missing):
             self._take(rows)
@@ -221,6 +221,8 @@ class BidirectionalEffects(Parameters):
         The sums add exactly: the estimate is that of both models' moments pooled. Raises ValueError
         for models of other outcomes or assumptions.
         """
+        if not isinstance(other, BidirectionalEffects):
+            raise TypeError(f"{type(other).__name__} is no BidirectionalEffects: merge models")
         self._checked()
         for model in (self, other):
             model._refuse_halfway()
@@ -236,6 +238,7 @@ class BidirectionalEffects(Parameters):
                     f"models with {name} {mine[name]!r} and {theirs[name]!r} do not merge"
                 )
         if not self.rows:
+            refuse_other(self.get_params(), other.get_params())
             self._copy(other)
             return self
         if self._online is not None or other._online is not None:
@@ -351,7 +354,7 @@ class BidirectionalEffects(Parameters):
                 "a model with a regressor of scikit-learn is not saved: keep its effects"
             )
         state = {
-            "parameters": self.get_params(),
+            "parameters": self.get_params() | {"covariates": tuple(self.covariates)},
             "nuisance": self._nuisance,
             "evidence": self._evidence,
             "stream": self._stream,
@@ -383,7 +386,7 @@ class BidirectionalEffects(Parameters):
         self._nuisance, self._evidence = None, None
         self._stream, self._online = None, None
         self._waiting, self._passes, self.interrupted = [], None, False
-        self._learned = learned_with(self.get_params())
+        self._learned = None
 
     def _copy(self, other: BidirectionalEffects) -> None:
         """What the other has learned; its settings stay its own."""
@@ -408,6 +411,13 @@ class BidirectionalEffects(Parameters):
         started = self._nuisance is not None or self._stream is not None
         return found | ({"values of the regimes": self.nuisance.regimes} if started else {})
 
+    def _refuse_regressor(self) -> None:
+        if self.regressor is not None:
+            raise ValueError(
+                "regressor needs all rows in memory, and a stream is read once: fit a table "
+                "without half_life and window, or use features"
+            )
+
     def _refuse_two(self, regimes: Sequence[Any]) -> None:
         if self.covariance == "constant" and self.restrict is None:
             refuse_two(regimes)
@@ -418,6 +428,7 @@ class BidirectionalEffects(Parameters):
 
     @property
     def _summed(self) -> Evidence:
+        self._checked()
         refuse_changed(self._learned, self.get_params())
         self._refuse_halfway()
         self._flushed()
@@ -448,6 +459,7 @@ class BidirectionalEffects(Parameters):
 
     def _take(self, rows: Rows) -> None:
         """Rows into the stream; the first wait until there are enough to begin with."""
+        self._learned = self._learned or learned_with(self.get_params())
         if self._online is not None:
             more = (self.online, self.bootstraps, self.seed)
             self._online = online_qml.partial(self._online, rows, *more)

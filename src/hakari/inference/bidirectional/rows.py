@@ -17,7 +17,7 @@ from hakari.inference import tables
 from hakari.inference.sampling import generator
 from hakari.inference.tables import Missing, Wanted
 
-LARGEST = 1e150  # whose square is still a number
+LARGEST = 1e30  # beyond it products in single precision are none
 MOST_REGIMES = 200  # each is an instrument of its own
 FEWEST_OF_REGIME = 30  # rows that tell a regime's variances
 
@@ -203,8 +203,16 @@ def _rows(block: pd.DataFrame | pa.RecordBatch, columns: Columns, first: int) ->
         X[:, k] = column
     regimes = None
     if columns.regimes:
-        regimes = np.asarray(_column(block, columns.regimes))
+        regimes = _labels(np.asarray(_column(block, columns.regimes)))
     return Rows(np.column_stack(numbers[:2]), X, regimes)
+
+
+def _labels(regimes: ndarray) -> ndarray:
+    """Dates, periods and the like as text, so that they can be compared, printed and saved."""
+    plain = regimes.dtype.kind in "biufUS" or isinstance(
+        regimes[0] if len(regimes) else "", str | int | float
+    )
+    return regimes if plain else np.array([str(label) for label in regimes], dtype=object)
 
 
 def _numbers(block: pd.DataFrame | pa.RecordBatch, name: str, first: int) -> ndarray:

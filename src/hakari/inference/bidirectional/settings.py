@@ -43,7 +43,7 @@ def checked(settings: Mapping[str, Any]) -> tuple[Columns, Forgetting]:
     if isinstance(covariates, str):
         raise ValueError(f"covariates {covariates!r}: give a list of names")
     regimes, restrict = settings["regimes"], settings["restrict"]
-    if not covariates and regimes is None:
+    if not len(covariates) and regimes is None:
         raise ValueError("no covariates and no regimes: variances need something to move with")
     if restrict and settings["root"] == "mirror":
         raise ValueError(f"root 'mirror' with restrict {restrict!r}: the mirror is infinite")
@@ -75,6 +75,17 @@ def refuse_changed(before: Mapping[str, Any] | None, settings: Mapping[str, Any]
             raise ValueError(
                 f"{name} was {before[name]!r} when this model learned and is {now!r} now: set it "
                 "back, or fit again"
+            )
+
+
+def refuse_other(empty: Mapping[str, Any], learned: Mapping[str, Any]) -> None:
+    """Raises ValueError where an empty model is made for other things than one learned."""
+    theirs = learned_with(learned)
+    for name, ours in learned_with(empty).items():
+        if ours != theirs[name]:
+            raise ValueError(
+                f"an empty model with {name} {ours!r} does not take what one with {theirs[name]!r} "
+                "has learned: make it with the same"
             )
 
 

@@ -26,7 +26,8 @@ from hakari.inference.bidirectional.batch import Passes, evidence_of, fit
 from hakari.inference.bidirectional.drift import Monitor
 from hakari.inference.bidirectional.evidence import Assumptions, Evidence
 from hakari.inference.bidirectional.heads import mean_size, product
-from hakari.inference.bidirectional.nuisance import Nuisance, shocks
+from hakari.inference.bidirectional.nuisance import Nuisance, left_out, shocks
+from hakari.inference.bidirectional.orthogonal_moments import MomentSums
 from hakari.inference.bidirectional.rows import Rows
 from hakari.inference.sampling import generator
 
@@ -105,10 +106,7 @@ class Stream:
     @property
     def evidence(self) -> Evidence:
         """Of all rows that count."""
-        total = self.pieces[0]
-        for piece in self.pieces[1:]:
-            total = total + piece
-        return total
+        return _total(self.pieces)
 
 
 def begin(
@@ -118,7 +116,7 @@ def begin(
     quiet = lambda name, done: None  # noqa: E731
     *_, passes = fit(Passes(nuisance), assumptions, lambda: iter([rows]), bootstraps, seed, quiet)
     fitted, evidence = passes.nuisance, passes.sums
-    phi = fitted.matrix(rows)
+    W, phi, _ = left_out(fitted, rows)
     heads = [h for h in (fitted.means, fitted.variances) if h is not None]
     gram, n = product(phi), float(len(rows))
     penalties = np.concatenate([h.penalty for h in heads]) * mean_size(gram)
@@ -136,7 +134,7 @@ def begin(
         fitted.start,
         (evidence,),
         np.empty((0, 5)),
-        Monitor.starting(n),
+        Monitor.starting(evidence.sums if fitted.variances is None else watched(fitted, phi, W)),
     )
     return _looked(stream, assumptions)
 
@@ -172,7 +170,8 @@ def _batch(
     h = None if nuisance.variances is None else predicted[:, 2:].astype(float)
     new = evidence_of(here, rows, W, h, bootstraps, chance)
     gap = W if h is None else np.hstack([W, nuisance.log_squares(shocks(W, stream.effects)) - h])
-    monitor = stream.monitor.after(assumptions, stream.evidence.sums, new.sums)
+    seen = new.sums if h is None else watched(nuisance, phi, W)
+    monitor = stream.monitor.after(assumptions, seen, stream.rows + n)
     stream = _learned(stream, forgetting, phi, gap)
     stream = replace(
         stream,
@@ -184,6 +183,15 @@ def _batch(
     return _looked(stream, assumptions)
 
 
+def watched(nuisance: Nuisance, phi: Float[ndarray, "n P"], W: Float[ndarray, "n 2"]) -> MomentSums:
+    """Moments of residuals in the nuisance's units, with the warm-up's heads of the variances."""
+    heads = nuisance.variances
+    h = phi @ heads.coefficients[-1].astype(np.float32) if heads is not None else np.zeros_like(W)
+    W = W * nuisance.unit
+    k = nuisance.instruments(h.astype(float))[:, :2]
+    return MomentSums.of(W[:, 0], W[:, 1], k, constant_covariance=True)
+
+
 def _learned(
     stream: Stream, forgetting: Forgetting, phi: Float[ndarray, "n P"], gap: Float[ndarray, "n t"]
 ) -> Stream:
@@ -191,28 +199,30 @@ def _learned(
 
     Rows unlike those in G are taken into it before the step, which would else overshoot.
     """
-    kept, n = forgetting.factor(len(phi)), len(phi)
-    weight = min(kept * stream.weight + n, max(forgetting.memory, n))
+    n = len(phi)
+    weight = min(forgetting.factor(n) * stream.weight + n, max(forgetting.memory, n))
+    kept = (weight - n) / stream.weight  # of the weight of each row before, and of Λ
     slope = (phi.T @ gap.astype(np.float32)).astype(float)
-    lost = stream.weight + n - weight  # rows' worth, and of Λ's, when old rows leave
-    slope[1:] -= lost / (stream.weight + n) * stream.penalties * stream.heads[1:]
+    slope[1:] -= (1 - kept) * stream.penalties * stream.heads[1:]
     early = stream.gram_rows < KNOWN * len(stream.gram)
     taken = early or stream.batches % SPARSE == 0
-    stream = replace(_known_with(stream, kept, phi) if taken else stream, weight=weight)
+    stream = replace(
+        stream, gram=kept * stream.gram, gram_rows=kept * stream.gram_rows, weight=weight
+    )
+    stream = _known_with(stream, phi) if taken else stream
     fresh = early or weight > AGAIN * stream.inverse_weight
     stream = _inverted(stream) if fresh else stream
     step = _step(stream, slope)
     lost_again = ((phi @ step.astype(np.float32)) ** 2).sum()
     if not (taken and fresh) and lost_again > UNLIKE * (slope * step).sum():
-        stream = _inverted(stream if taken else _known_with(stream, kept, phi))
+        stream = _inverted(stream if taken else _known_with(stream, phi))
         step = _step(stream, slope)
     return replace(stream, heads=stream.heads + step)
 
 
-def _known_with(stream: Stream, kept: float, phi: Float[ndarray, "n P"]) -> Stream:
+def _known_with(stream: Stream, phi: Float[ndarray, "n P"]) -> Stream:
     """G with the rows."""
-    gram, rows = kept * stream.gram + product(phi), kept * stream.gram_rows + len(phi)
-    return replace(stream, gram=gram, gram_rows=rows)
+    return replace(stream, gram=stream.gram + product(phi), gram_rows=stream.gram_rows + len(phi))
 
 
 def _step(stream: Stream, slope: Float[ndarray, "P t"]) -> Float[ndarray, "P t"]:
@@ -240,9 +250,10 @@ def merged(one: Stream, other: Stream, assumptions: Assumptions) -> Stream:
     """
     first, second = (one, other) if one.weight >= other.weight else (other, one)
     heads, gram, rows = first.heads, first.gram, first.gram_rows
-    penalties = first.penalties
+    penalties, weight = first.penalties, first.weight
     if _alike(first.nuisance, second.nuisance):
-        share = second.weight / (first.weight + second.weight)
+        weight += second.weight
+        share = second.weight / weight
         heads = (1 - share) * first.heads + share * second.heads
         gram, rows = gram + second.gram, rows + second.gram_rows
         penalties = penalties + second.penalties
@@ -253,7 +264,7 @@ def merged(one: Stream, other: Stream, assumptions: Assumptions) -> Stream:
         gram=gram,
         gram_rows=rows,
         rows=one.rows + other.rows,
-        weight=one.weight + other.weight,
+        weight=weight,
         pieces=(one.evidence + other.evidence,),
         path=one.path,
         monitor=one.monitor.beside(other.monitor),
@@ -278,7 +289,7 @@ def as_nuisance(stream: Stream) -> Nuisance:
 
 def _cut(stream: Stream, forgetting: Forgetting, rows: Rows) -> Iterator[Rows]:
     """Batches no larger than a share of what the heads have learned from."""
-    at, seen = 0, stream.rows
+    at, seen = 0, stream.weight
     room = min(forgetting.memory / SHARE, MOST)
     while at < len(rows):
         size = int(max(LEAST, min(seen / SHARE, room)))
@@ -287,12 +298,19 @@ def _cut(stream: Stream, forgetting: Forgetting, rows: Rows) -> Iterator[Rows]:
         at, seen = at + size, seen + size
 
 
+def _total(pieces: tuple[Evidence, ...]) -> Evidence:
+    total = pieces[0]
+    for piece in pieces[1:]:
+        total = total + piece
+    return total
+
+
 def _entered(
     pieces: tuple[Evidence, ...], new: Evidence, forgetting: Forgetting
 ) -> tuple[Evidence, ...]:
     """The evidence with a batch more, and without what is too old."""
     if forgetting.window is None:
-        return (pieces[0].scaled(forgetting.factor(new.rows)) + new,)
+        return (_total(pieces).scaled(forgetting.factor(new.rows)) + new,)
     if pieces[-1].rows + new.rows <= forgetting.window / PIECES:
         pieces = (*pieces[:-1], pieces[-1] + new)
     else:

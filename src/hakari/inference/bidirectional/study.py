@@ -33,7 +33,7 @@ from hakari.inference.patience import told
 from hakari.inference.study_command import Unfinished
 
 MODEL = "model.npz"  # in the folder of a run
-SAMPLE = 2000  # rows, evenly over the data, that curves are drawn from
+SAMPLE = 2000  # rows, drawn from all, that curves are drawn from
 SETTINGS = (  # of the model, by the same names
     "y1", "y2", "covariates", "method", "regimes", "covariance", "restrict", "root", "half_life",
     "window", "bootstraps", "missing", "seed",
@@ -108,7 +108,7 @@ class Study:
 class Findings:
     """The answer. model: as learned; seconds: it took to read and learn; read: rows read in them.
 
-    sample: rows evenly over the data. interrupted: whether Ctrl-C cut a stream short.
+    sample: rows drawn from all of the data. interrupted: whether Ctrl-C cut a stream short.
     """
 
     study: Study
