@@ -8,9 +8,8 @@ that estimate, G is without change a martingale that Q keeps in scale, and
 
 however long the stream: Robbins' (1970) mixture of exponential martingales, normalised by what was
 seen instead of a variance that is known (de la Peña, Klass and Lai, 2004: exact for symmetric
-scores, whose tails do not matter then). The bound is tightest where Q is about m I. The moments are
-those of the warm-up's instruments, and of all rows: with instruments that are still being learned
-a batch would not say of the effects what n/N of the rows before do.
+scores, whose tails do not matter then). The bound is tightest where Q is about m I. All rows count,
+also where the estimate forgets; `stream.watched` says which moments.
 """
 
 from __future__ import annotations

@@ -316,8 +316,11 @@ def _rows(basis: Basis, X: ndarray) -> ndarray:
     X = np.asarray(X)
     if X.ndim != 2 or X.shape[1] != len(basis.names):
         raise ValueError(f"rows of shape {X.shape}: the basis has {len(basis.names)} covariates")
-    cut = np.clip(X, basis.low, basis.high)
-    return X if np.array_equal(X, cut) else np.where(np.isfinite(X), cut, X)
+    if (X.min(axis=0, initial=np.inf) >= basis.low).all() and (
+        X.max(axis=0, initial=-np.inf) <= basis.high
+    ).all():
+        return X
+    return np.where(np.isfinite(X), np.clip(X, basis.low, basis.high), X)
 
 
 def _room(out: ndarray | None, n: int, size: int) -> ndarray:

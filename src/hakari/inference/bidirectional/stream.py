@@ -134,7 +134,7 @@ def begin(
         fitted.start,
         (evidence,),
         np.empty((0, 5)),
-        Monitor.starting(evidence.sums if fitted.variances is None else watched(fitted, phi, W)),
+        Monitor.starting(watched(fitted, assumptions, phi, W, evidence)),
     )
     return _looked(stream, assumptions)
 
@@ -170,7 +170,7 @@ def _batch(
     h = None if nuisance.variances is None else predicted[:, 2:].astype(float)
     new = evidence_of(here, rows, W, h, bootstraps, chance)
     gap = W if h is None else np.hstack([W, nuisance.log_squares(shocks(W, stream.effects)) - h])
-    seen = new.sums if h is None else watched(nuisance, phi, W)
+    seen = watched(nuisance, assumptions, phi, W, new)
     monitor = stream.monitor.after(assumptions, seen, stream.rows + n)
     stream = _learned(stream, forgetting, phi, gap)
     stream = replace(
@@ -183,12 +183,25 @@ def _batch(
     return _looked(stream, assumptions)
 
 
-def watched(nuisance: Nuisance, phi: Float[ndarray, "n P"], W: Float[ndarray, "n 2"]) -> MomentSums:
-    """Moments of residuals in the nuisance's units, with the warm-up's heads of the variances."""
+def watched(
+    nuisance: Nuisance,
+    assumptions: Assumptions,
+    phi: Float[ndarray, "n P"],
+    W: Float[ndarray, "n 2"],
+    evidence: Evidence,
+) -> MomentSums:
+    """The moments that the alarm listens to, of residuals in the nuisance's units.
+
+    Those of the evidence, but with a constant covariance: how much a row says of the effects then
+    hangs on how far the instruments move, which grows as heads learn, so that a batch is no longer
+    to the rows before as n to N. There the warm-up's heads make the instruments.
+    """
     heads = nuisance.variances
-    h = phi @ heads.coefficients[-1].astype(np.float32) if heads is not None else np.zeros_like(W)
-    W = W * nuisance.unit
+    if heads is None or assumptions.covariance == "zero":
+        return evidence.sums
+    h = phi @ heads.coefficients[-1].astype(np.float32)
     k = nuisance.instruments(h.astype(float))[:, :2]
+    W = W * nuisance.unit
     return MomentSums.of(W[:, 0], W[:, 1], k, constant_covariance=True)
 
 
