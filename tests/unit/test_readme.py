@@ -146,7 +146,9 @@ def test_speed_of_calibration_is_the_committed_run():
 
 def test_rows_a_second_of_feedback_are_the_committed_run():
     report = json.loads((ROOT / "benchmarks" / "results" / "feedback.json").read_text())
-    assert all(goal["met"] for goal in report["goals"])
+    assert [goal["name"] for goal in report["goals"] if not goal["met"]] == ["exponent"]
+    missed = f"missed by {0.97 - report['exponent']:.2f} on the side of less"
+    assert missed in " ".join(README.split())
     head = next(
         line for line in README.splitlines() if line.startswith("| rows | hakari, one pass")
     )
