@@ -311,6 +311,10 @@ def test_an_empty_model_takes_what_another_has_learned():
 def test_a_method_that_is_set_later_is_not_what_was_learned():
     with refused("method was 'moments' when this model learned and is 'online-qml' now"):
         model().fit(DATA).set_params(method="online-qml").effects()
+    alone = model(method="single-equation").fit(DATA).effects()  # of the same sums
+    assert (
+        model().fit(DATA).set_params(method="single-equation").effects().estimate == alone.estimate
+    )
 
 
 @pytest.mark.parametrize(

@@ -63,9 +63,13 @@ def _refuse_online(settings: Mapping[str, Any]) -> None:
 
 
 def learned_with(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that what was learned depends on, so that they may not change after it."""
+    """The settings that what was learned depends on, so that they may not change after it.
+
+    Methods "moments" and "single-equation" answer from the same sums, and count as one.
+    """
     kept = {name: settings[name] for name in LEARNED}
-    return kept | {"covariates": tuple(settings["covariates"])}
+    method = "online-qml" if settings["method"] == "online-qml" else "moments"
+    return kept | {"covariates": tuple(settings["covariates"]), "method": method}
 
 
 def refuse_changed(before: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> None:
