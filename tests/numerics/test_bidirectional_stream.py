@@ -98,8 +98,8 @@ def test_heads_of_means_are_the_ridge_regression_of_all_rows():
     for j in range(2):
         ridge = np.linalg.solve(phi.T @ phi + found.penalties[j] * slopes, phi.T @ y[:, j])
         gap = phi @ (found.heads[:, j] - ridge)
-        assert np.sqrt((gap**2).mean()) < 1e-3
-        assert np.abs(gap).max() < 0.02  # also at the lone row
+        assert np.sqrt((gap**2).mean()) < 5e-5
+        assert np.abs(gap).max() < 5e-4  # also at the lone row
 
 
 def test_rows_unlike_all_before_do_not_throw_the_heads():
@@ -277,14 +277,13 @@ def test_the_statistic_is_that_of_the_batches_scores():
     np.testing.assert_allclose(found.heights, (statistic, bound), rtol=1e-9)
 
 
-@pytest.mark.parametrize("restrict", [None, "a=0", "b=0"])
-@pytest.mark.parametrize("labels", [2, 5])
-def test_the_alarm_takes_regimes_and_restrictions(restrict, labels):
+@pytest.mark.parametrize(
+    ("labels", "restrict"), [(2, "a=0"), (2, "b=0"), (5, None), (5, "a=0"), (5, "b=0")]
+)
+def test_the_alarm_takes_regimes_and_restrictions(labels, restrict):
     """Also instruments that are one too many, as dummies with a constant covariance are."""
     data = table(6000, 44)
     regime = np.minimum(labels - 1, ((data["u"] + 1) / 2 * labels).astype(int))
-    if labels == 2 and restrict is None:
-        return  # one instrument for two effects, refused: see the edges
     found = model(regimes="r", covariance="constant", restrict=restrict)
     found.fit(batches(data | {"r": regime}))
     assert found.alarm is None
